@@ -1,0 +1,429 @@
+"""The on-disk contract of the shared model cache; the only module that builds a path inside it.
+
+    <root>/
+      CACHEDIR.TAG                   marks the directory as a cache; nothing is removed where it is missing
+      <key>/                         a published entry, complete from the moment it has this name
+        model/                       the MLflow model, MLmodel at its root
+        manifest.json                where it came from, and every file's size and sha256
+        last_used                    its mtime is the last time someone needed the entry
+      <alias> -> <key>               a name that can be computed without asking MLflow
+      .leases/<pod>.<output>.json    which entry a pod's OUTPUT_PATH uses
+      .refs/<digest>.json            (tracking URI, model URI) -> the key it last resolved to
+      .staging/<key>.<random>/       downloads under way
+      .trash/<key>.<random>/         entries moved aside, waiting out the grace period
+
+Nothing here relies on file locks or on the clocks of two machines agreeing: an entry appears by one rename, disappears
+by one rename, and ages are differences of mtimes that the file server gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TAG_NAME = "CACHEDIR.TAG"
+TAG_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
+_TAG = f"{TAG_SIGNATURE}\n# MLflow models shared between pods; cleanup.py removes entries that no pod uses.\n"
+
+KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+_MANIFEST, _MODEL, _LAST_USED = "manifest.json", "model", "last_used"
+_LEASES, _REFS, _STAGING, _TRASH = ".leases", ".refs", ".staging", ".trash"
+
+
+class NotACache(Exception):
+    """The directory can't be used as a cache; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a model: path relative to the model's root (with `/`), size in bytes, sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Where an entry came from and what is in it. `resolved` is the identity its key was made of."""
+
+    model_uri: str
+    resolved: Mapping[str, str]
+    files: Sequence[File]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def dump(self) -> str:
+        return json.dumps({"format": 1, **asdict(self)}, indent=1)
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Raises `ValueError` when `text` is not a manifest of this format."""
+        try:
+            data = json.loads(text)
+            if data["format"] != 1:
+                raise ValueError(f"manifest format {data['format']!r} is not known here")
+            return cls(data["model_uri"], data["resolved"], [File(**file) for file in data["files"]])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a manifest: {error!r}") from error
+
+    def damage(self, model: Path) -> list[str]:
+        """What differs, by name and size, between this manifest and the files below `model`; empty when whole."""
+        found = []
+        for file in self.files:
+            path = model / file.path
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                found.append(f"{path}: {error.strerror}")
+                continue
+            if size != file.size:
+                found.append(f"{path}: {size} bytes instead of {file.size}")
+        return found
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A pod's claim on an entry; `written` is when, in seconds since the epoch by the file server's clock."""
+
+    pod: str
+    output: str
+    key: str
+    written: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published entry; `idle` is the time since it was last needed, in seconds, by the file server's clock."""
+
+    key: str
+    bytes: int
+    idle: float
+    model_uri: str
+
+
+def make_key(identity: Mapping[str, str], listing: Sequence[tuple[str, int | None]]) -> str:
+    """The key of a model: 64 hex digits over its resolved identity and its files' (path, size)."""
+    content = json.dumps([sorted(identity.items()), sorted(listing)], separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def make_alias(deployment: str, model_uri: str) -> str:
+    """The name under which Darwin's chart looks for a deployment's model."""
+    return hashlib.sha256(f"{deployment}:{model_uri}".encode()).hexdigest()
+
+
+def is_key(name: str) -> bool:
+    return KEY.fullmatch(name) is not None
+
+
+class Cache:
+    """A cache directory. Use `prepare` to write to it, `find` to look after an existing one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def prepare(cls, root: Path) -> Cache:
+        """Make `root` a cache if it is not one yet. Raises `OSError` when it can't be written."""
+        cache = cls(root)
+        for directory in (root, *(root / name for name in (_LEASES, _REFS, _STAGING, _TRASH))):
+            directory.mkdir(parents=True, exist_ok=True)
+        if not cache._is_tagged():
+            write_atomically(root / TAG_NAME, _TAG)
+        return cache
+
+    @classmethod
+    def find(cls, root: Path) -> Cache | None:
+        """The cache at `root`; None when the directory is empty. Raises `NotACache` for anything else."""
+        if root.is_symlink():
+            raise NotACache(f"{root} is a symbolic link; give the directory it points to ({root.resolve()})")
+        if not root.is_dir():
+            raise NotACache(f"{root} is not a directory; mount the cache's volume there")
+        if root.resolve() == Path("/"):
+            raise NotACache("/ is the root of the file system, not a cache")
+        cache = cls(root)
+        if cache._is_tagged():
+            return cache
+        if set(os.listdir(root)) <= {"lost+found"}:
+            return None
+        raise NotACache(
+            f"{root} is not empty and has no {TAG_NAME}, so it is not a cache that download.py made; "
+            f"nothing in it is touched"
+        )
+
+    def _is_tagged(self) -> bool:
+        with contextlib.suppress(OSError), (self.root / TAG_NAME).open(encoding="utf-8", errors="replace") as file:
+            return file.read(len(TAG_SIGNATURE)) == TAG_SIGNATURE
+        return False
+
+    def now(self) -> float:
+        """The file server's clock: the mtime of a file just made there, in seconds since the epoch."""
+        probe = self.root / _STAGING / f"clock.{secrets.token_hex(8)}"
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    # Entries
+
+    def model(self, key: str) -> Path:
+        return self.root / key / _MODEL
+
+    def has(self, key: str) -> bool:
+        return (self.root / key / _MANIFEST).exists()
+
+    def damage(self, key: str) -> list[str]:
+        """What is wrong with the entry `key`, by file; empty when it is whole."""
+        try:
+            return self.manifest(key).damage(self.model(key))
+        except (OSError, ValueError) as error:
+            return [f"{self.root / key / _MANIFEST}: {error}"]
+
+    def manifest(self, key: str) -> Manifest:
+        """Raises `OSError` or `ValueError` when it is missing or unreadable."""
+        return Manifest.parse((self.root / key / _MANIFEST).read_text(encoding="utf-8"))
+
+    def touch(self, key: str) -> None:
+        """Note that the entry was needed just now."""
+        (self.root / key / _LAST_USED).touch()
+
+    def entries(self) -> tuple[list[Entry], list[str]]:
+        """All entries, and the names in the cache that are none of ours, which are left alone."""
+        now = self.now()
+        known, strange = [], []
+        for name in sorted(os.listdir(self.root)):
+            path = self.root / name
+            if name in (TAG_NAME, "lost+found", _LEASES, _REFS, _STAGING, _TRASH) or path.is_symlink():
+                continue
+            try:
+                manifest = self.manifest(name) if is_key(name) else None
+                if manifest is None:
+                    strange.append(name)
+                    continue
+                used = (path / _LAST_USED).stat().st_mtime
+            except (OSError, ValueError):
+                strange.append(name)
+                continue
+            known.append(Entry(name, manifest.bytes, max(0.0, now - used), manifest.model_uri))
+        return known, strange
+
+    # Publishing
+
+    def stage(self, key: str) -> Path:
+        """A new directory to put a model together in; its `model/` is there."""
+        staging = self.root / _STAGING / f"{key}.{secrets.token_hex(8)}"
+        # Not tempfile.mkdtemp: its 0700 would stay on the entry and keep other users' pods out.
+        (staging / _MODEL).mkdir(parents=True)
+        return staging
+
+    def publish(self, staging: Path, key: str, manifest: Manifest) -> bool:
+        """Give what is staged its final name; False when another writer was first and ours was dropped.
+
+        The files, whose sizes the manifest states, are on disk before the name is.
+        """
+        (staging / _MANIFEST).write_text(manifest.dump(), encoding="utf-8")
+        (staging / _LAST_USED).touch()
+        if damage := manifest.damage(staging / _MODEL):
+            raise ValueError(f"not published, {'; '.join(damage)}")
+        sync_tree(staging)
+        final = self.root / key
+        try:
+            staging.rename(final)
+        except OSError as error:
+            # On a network file system the reply to a rename that happened can be lost.
+            if not staging.exists() and self.has(key):
+                pass
+            elif error.errno in (errno.ENOTEMPTY, errno.EEXIST) and self.has(key):
+                remove_tree(staging)
+                return False
+            else:
+                raise
+        sync(self.root)
+        return True
+
+    def set_alias(self, alias: str, key: str) -> None:
+        _replace_link(self.root / alias, key)
+
+    def aliases(self) -> dict[str, str]:
+        """Alias -> key, for every link in the cache whose both ends look like keys."""
+        links = {}
+        for name in os.listdir(self.root):
+            path = self.root / name
+            if is_key(name) and path.is_symlink() and is_key(target := str(path.readlink())):
+                links[name] = target
+        return links
+
+    def names(self) -> dict[str, str]:
+        """Every name by which an entry, published or in the trash, may be asked for -> its key."""
+        keys = {name for name in os.listdir(self.root) if is_key(name) and not (self.root / name).is_symlink()}
+        keys |= {key for _, key, _ in self.trash()}
+        return {key: key for key in keys} | self.aliases()
+
+    def drop_alias(self, alias: str) -> None:
+        path = self.root / alias
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+
+    # Leases and refs
+
+    def lease(self, pod: str, output: str, key: str) -> None:
+        """Claim `key` for a pod's output, instead of what that output used before. Do this before looking at `key`."""
+        write_atomically(self._lease(pod, output), json.dumps({"pod": pod, "output": output, "key": key}))
+
+    def leases(self) -> list[Lease]:
+        """All leases. Raises `OSError` or `ValueError` when one can't be read: nothing may be removed then."""
+        found = []
+        for path in sorted((self.root / _LEASES).glob("*.json")):
+            try:
+                written = path.stat().st_mtime
+                data = json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue  # its pod moved on between the listing and now
+            if not isinstance(data, dict) or not all(isinstance(data.get(k), str) for k in ("pod", "output", "key")):
+                raise ValueError(f"{path} is not a lease; remove it once no pod of that name runs")
+            found.append(Lease(data["pod"], data["output"], data["key"], written))
+        return found
+
+    def drop_lease(self, lease: Lease) -> None:
+        self._lease(lease.pod, lease.output).unlink(missing_ok=True)
+
+    def _lease(self, pod: str, output: str) -> Path:
+        # Both parts can be long or hold a slash; what they say is inside the file.
+        digest = hashlib.sha256(output.encode()).hexdigest()[:16]
+        return self.root / _LEASES / f"{re.sub('[^A-Za-z0-9.-]', '_', pod)[:128]}.{digest}.json"
+
+    def set_ref(self, tracking_uri: str, model_uri: str, key: str) -> None:
+        """Remember what a URI resolved to, for when the tracking server can't be asked."""
+        write_atomically(self._ref(tracking_uri, model_uri), json.dumps({"key": key}))
+
+    def ref(self, tracking_uri: str, model_uri: str) -> tuple[str, float] | None:
+        """The key that was last resolved for a URI, and how many seconds ago; None when it never was."""
+        path = self._ref(tracking_uri, model_uri)
+        try:
+            key = json.loads(path.read_text(encoding="utf-8"))["key"]
+            return (key, max(0.0, self.now() - path.stat().st_mtime)) if is_key(key) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _ref(self, tracking_uri: str, model_uri: str) -> Path:
+        digest = hashlib.sha256(f"{tracking_uri}\n{model_uri}".encode()).hexdigest()
+        return self.root / _REFS / f"{digest}.json"
+
+    def drop_refs_to(self, keys: set[str]) -> None:
+        for path in (self.root / _REFS).glob("*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if json.loads(path.read_text(encoding="utf-8"))["key"] in keys:
+                    path.unlink(missing_ok=True)
+
+    # Removing
+
+    def move_to_trash(self, key: str) -> Path | None:
+        """Take an entry out of use with one rename; None when it is gone already."""
+        trash = self.root / _TRASH / f"{key}.{secrets.token_hex(8)}"
+        try:
+            (self.root / key).rename(trash)
+        except FileNotFoundError:
+            return None
+        os.utime(trash)
+        return trash
+
+    def trash(self) -> list[tuple[Path, str, float]]:
+        """What waits in the trash: path, key, and seconds since it was moved there."""
+        now = self.now()
+        found = []
+        for path in sorted((self.root / _TRASH).iterdir()):
+            key = path.name.partition(".")[0]
+            with contextlib.suppress(FileNotFoundError):
+                if is_key(key) and not path.is_symlink():
+                    found.append((path, key, max(0.0, now - path.stat().st_mtime)))
+        return found
+
+    def restore(self, trash: Path, key: str) -> bool:
+        """Put an entry back; False when a new download took its place, or another cleanup was first."""
+        try:
+            trash.rename(self.root / key)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                return False
+            raise
+        return True
+
+    def abandoned(self, age: float) -> Iterator[Path]:
+        """Staging directories in which nothing happened for `age` seconds."""
+        now = self.now()
+        for path in (self.root / _STAGING).iterdir():
+            # Not mtime: a file copied from a local store keeps its source's.
+            with contextlib.suppress(FileNotFoundError):
+                if now - max(node.lstat().st_ctime for node in (path, *path.rglob("*"))) > age:
+                    yield path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `path` so that a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def _replace_link(path: Path, target: str) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary.symlink_to(target)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Flush one file or directory to disk; file systems that can't sync a directory are taken as they are."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Flush every file and directory below `root`, and `root` itself, children before parents."""
+    for directory, _, files in os.walk(root, topdown=False):
+        for name in files:
+            sync(Path(directory, name))
+        sync(Path(directory))
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory, or the link or file that is there instead; links inside are not followed.
+
+    Where someone else deletes the same tree at the same time, what is left is theirs to finish.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)

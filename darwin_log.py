@@ -1,0 +1,156 @@
+"""What a role says and how it ends: log lines without secrets, the termination message, the exit code."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import re
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from darwin_env import ConfigError, Reader
+
+DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
+
+TERMINATION_LOG = Path("/dev/termination-log")
+
+# Kubernetes shows at most 4096 bytes of a termination message.
+TERMINATION_LIMIT = 4096
+
+_SECRET_NAME = re.compile(
+    r"PASSW(OR)?D|SECRET|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|(^|_)(TOKEN|SAS)(_|$)", re.IGNORECASE
+)
+_USERINFO = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
+_SIGNED_QUERY = re.compile(
+    r"((?:X-Amz-(?:Signature|Credential|Security-Token)|sig|[\w-]*token|[\w-]*password)=)[^&\s'\"]+", re.IGNORECASE
+)
+_AUTHORIZATION = re.compile(r"((?:Basic|Bearer)\s+)[A-Za-z0-9+/._~=-]{6,}")
+_MASK = "***"
+
+logger = logging.getLogger("darwin")
+
+
+class RoleError(Exception):
+    """An anticipated failure. The message says what happened, to what, and what to do; retrying the role may help."""
+
+
+class Redactor:
+    """Replaces secrets in text: credentials in URIs, signatures, auth headers, and the values of secret variables."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        values: set[str] = set()
+        for name, value in environ.items():
+            # A value of a few characters would blank out half of every line, and protects nothing.
+            if _SECRET_NAME.search(name) and len(value) >= 4 and not value.startswith("/"):
+                values |= {value, urllib.parse.quote(value, safe=""), base64.b64encode(value.encode()).decode()}
+        user, password = environ.get("MLFLOW_TRACKING_USERNAME", ""), environ.get("MLFLOW_TRACKING_PASSWORD", "")
+        if password:
+            values.add(base64.b64encode(f"{user}:{password}".encode()).decode())
+        ordered = sorted(values, key=len, reverse=True)
+        self._values = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    def __call__(self, text: str) -> str:
+        text = _USERINFO.sub(_MASK, text)
+        text = _SIGNED_QUERY.sub(rf"\1{_MASK}", text)
+        text = _AUTHORIZATION.sub(rf"\1{_MASK}", text)
+        return self._values.sub(_MASK, text) if self._values else text
+
+
+class _Formatter(logging.Formatter):
+    converter = staticmethod(time.gmtime)
+    default_msec_format = "%s.%03dZ"
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+
+    def __init__(self, redact: Redactor) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self.redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.redact(super().format(record))
+
+
+class _JsonFormatter(_Formatter):
+    def __init__(self, redact: Redactor, service: str) -> None:
+        super().__init__(redact)
+        self.service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "timestamp": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": self.redact(record.getMessage()),
+        }
+        if self.service:
+            line["service"] = self.service
+        if record.exc_info:
+            line["exception"] = self.redact(self.formatException(record.exc_info))
+        return json.dumps(line, default=str)
+
+
+def set_up(environ: Mapping[str, str]) -> Redactor:
+    """Send all logging to stderr as LOG_LEVEL, LOG_FORMAT, ENV and SERVICE_NAME say; return the redactor in use.
+
+    Raises `ConfigError` when one of them is unreadable; logging then works with the defaults. Libraries log at INFO
+    at most: their DEBUG lines hold whole requests.
+    """
+    read = Reader(environ)
+    level = read.choice("LOG_LEVEL", "info", ("debug", "info", "warning", "error", "critical"))
+    # Any environment but a developer's is read by machines.
+    local = read.text("ENV", "local").lower() in ("local", "dev", "development")
+    style = read.choice("LOG_FORMAT", "text" if local else "json", ("text", "json"))
+    service = read.text("SERVICE_NAME")
+
+    redact = Redactor(environ)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter(redact, service) if style == "json" else _Formatter(redact))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(logging.getLevelName(level.upper()), logging.INFO))
+    logger.setLevel(level.upper())
+    logging.captureWarnings(True)
+    read.finish()
+    return redact
+
+
+def log_settings(seen: Mapping[str, object], redact: Redactor) -> None:
+    """One line with every effective setting, secrets masked."""
+    shown = {name: _MASK if value and _SECRET_NAME.search(name) else value for name, value in seen.items()}
+    logger.info("settings: %s", redact(" ".join(f"{name}={value}" for name, value in shown.items())))
+
+
+Body = Callable[[Mapping[str, str], Redactor], None]
+
+
+def run_role(body: Body, environ: Mapping[str, str]) -> int:
+    """Run one role's `body` and return its exit code; the last error also goes to the pod's termination message."""
+    redact = Redactor(environ)
+    try:
+        redact = set_up(environ)
+        body(environ, redact)
+    except ConfigError as error:
+        for problem in error.problems:
+            logger.error("bad configuration: %s", problem)
+        return _end(BAD_CONFIGURATION, redact(str(error)))
+    except RoleError as error:
+        logger.error("%s", error)
+        logger.debug("raised from here", exc_info=error)
+        return _end(FAILED, redact(str(error)))
+    except Exception as error:  # the last line of defence: a role never dies without saying why
+        logger.exception("unexpected %s: %s", type(error).__name__, error)
+        return _end(FAILED, redact(f"unexpected {type(error).__name__}: {error}"))
+    return DONE
+
+
+def _end(code: int, message: str) -> int:
+    # Kubernetes mounts this file; it must not be created anywhere else.
+    if TERMINATION_LOG.exists():
+        try:
+            TERMINATION_LOG.write_bytes(message.encode()[:TERMINATION_LIMIT])
+        except OSError as error:
+            logger.debug("cannot write %s: %s", TERMINATION_LOG, error)
+    return code

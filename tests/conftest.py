@@ -1,0 +1,158 @@
+"""A clean environment for every test, and one real MLflow server for all that need one."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import requests
+
+ROOT = Path(__file__).parent.parent
+
+# What a developer's machine sets and a test must not see.
+_STRAY = re.compile(
+    r"""(?xi)^(
+    (MLFLOW|AWS|KUBERNETES|FEATURE_STORE|OFS_ADMIN)_.* | (HTTPS?|ALL|NO)_PROXY | (REQUESTS|CURL)_CA_BUNDLE
+    | MODEL_.* | OUTPUT_PATH | STORAGE_STRATEGY | CACHE_PATH | MAX_RETRIES | BACKOFF_SECONDS | DEPLOYMENT_NAME
+    | LINK_MODE | POD_NAME | NAMESPACE | TTL_DAYS | MAX_SIZE_GB | DRY_RUN | GRACE_SECONDS | HOST | PORT | ROOT_PATH | SERVICE_NAME
+    | LOG_.* | ENV | SERVING_MODEL_CONFIG | REQUEST_TIMEOUT_SECONDS
+    )$"""
+)
+
+
+def clean_environ(**settings: object) -> dict[str, str]:
+    """This process's environment without what would leak into a role, and with `settings`."""
+    kept = {name: value for name, value in os.environ.items() if not _STRAY.match(name)}
+    return kept | {"PYTHONUNBUFFERED": "1"} | {name: str(value) for name, value in settings.items()}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if _STRAY.match(name):
+            monkeypatch.delenv(name)
+
+
+@dataclass
+class Finished:
+    """A role that ran to its end."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        return self.err.rstrip().rpartition("\n")[2]
+
+
+def run_role(script: str, deadline: float = 120, **settings: object) -> Finished:
+    """Run `python <script>` to its end, as a container would."""
+    done = subprocess.run(
+        [sys.executable, ROOT / script],
+        env=clean_environ(**settings),
+        capture_output=True,
+        text=True,
+        timeout=deadline,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def wait_until(condition: Callable[[], object], what: str, deadline: float = 60) -> None:
+    """Poll `condition` until it holds; fails the test with `what` when it doesn't in time."""
+    end = time.monotonic() + deadline
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {deadline} s"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Tracking:
+    """A running MLflow server, and what a role needs to reach it."""
+
+    uri: str
+    username: str
+    password: str
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {
+            "MLFLOW_TRACKING_URI": self.uri,
+            "MLFLOW_TRACKING_USERNAME": self.username,
+            "MLFLOW_TRACKING_PASSWORD": self.password,
+        }
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
+    """`mlflow server` over sqlite, serving artifacts itself, with the basic-auth app on."""
+    home = tmp_path_factory.mktemp("mlflow-server")
+    username, password = "admin", "an-admin-password-1234"
+    (home / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
+        f"database_uri = sqlite:///{home}/auth.db\nadmin_username = {username}\nadmin_password = {password}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
+            *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
+            *("--serve-artifacts", "--artifacts-destination", str(home / "artifacts")),
+        ],
+        env=clean_environ(
+            MLFLOW_AUTH_CONFIG_PATH=home / "auth.ini",
+            MLFLOW_FLASK_SERVER_SECRET_KEY="a-secret-for-forms",
+            MLFLOW_DISABLE_TELEMETRY="true",
+        ),
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    tracking = Tracking(f"http://127.0.0.1:{port}", username, password, process)
+    reader = threading.Thread(target=_collect, args=(process, tracking.lines), daemon=True)
+    reader.start()
+
+    def healthy() -> bool:
+        assert process.poll() is None, "mlflow server ended:\n" + "".join(tracking.lines)
+        try:
+            return requests.get(f"{tracking.uri}/health", timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    try:
+        wait_until(healthy, "mlflow server", deadline=120)
+        yield tracking
+    finally:
+        # Its workers are in its own process group.
+        os.killpg(process.pid, 15)
+        process.wait(timeout=30)
+        reader.join(timeout=30)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _collect(process: subprocess.Popen[str], lines: list[str]) -> None:
+    assert process.stdout is not None
+    lines.extend(process.stdout)

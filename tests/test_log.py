@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import darwin_log
+from darwin_env import ConfigError
+from darwin_log import Redactor, RoleError, log_settings, run_role, set_up
+
+PASSWORD = "correct horse/battery?"
+ENVIRON = {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "AWS_SECRET_ACCESS_KEY": "abcd1234"}
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
+    logging.captureWarnings(False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"password is {PASSWORD}",
+        "quoted: correct%20horse%2Fbattery%3F",
+        f"Authorization: Basic {base64.b64encode(f'ann:{PASSWORD}'.encode()).decode()}",
+        "key abcd1234",
+    ],
+)
+def test_values_of_secret_variables_are_masked(text: str) -> None:
+    masked = Redactor(ENVIRON)(text)
+    assert "***" in masked
+    assert not any(secret in masked for secret in (PASSWORD, "battery", "abcd1234", "YW5u"))
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("postgresql://ann:secret@db/mlflow", "postgresql://***@db/mlflow"),
+        ("https://b/k?X-Amz-Signature=0ab1&x=1", "https://b/k?X-Amz-Signature=***&x=1"),
+        ("https://b/k?sig=0ab1", "https://b/k?sig=***"),
+        ("Authorization: Bearer eyJhbGciOi.x.y", "Authorization: Bearer ***"),
+        ("models:/iris@champion at https://h/p?q=1", "models:/iris@champion at https://h/p?q=1"),
+    ],
+)
+def test_secrets_are_known_by_their_form(text: str, masked: str) -> None:
+    assert Redactor({})(text) == masked
+
+
+def test_ordinary_variables_are_not_masked() -> None:
+    environ = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token",
+        "MAX_SIZE_GB": "1000",
+    }
+    assert Redactor(environ)("false 1000 /var/run/token") == "false 1000 /var/run/token"
+
+
+def test_settings_are_one_masked_line(capsys: pytest.CaptureFixture[str]) -> None:
+    redact = set_up(ENVIRON)
+    log_settings({"HOST": "::", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "MLFLOW_TRACKING_URI": "http://a:b@h"}, redact)
+    line = capsys.readouterr().err.strip()
+    assert line.endswith("settings: HOST=:: MLFLOW_TRACKING_PASSWORD=*** MLFLOW_TRACKING_URI=http://***@h")
+
+
+def test_json_lines_where_machines_read(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up({"ENV": "production", "SERVICE_NAME": "iris", **ENVIRON})
+    try:
+        raise ValueError(PASSWORD)
+    except ValueError:
+        logging.getLogger("darwin").exception("failed with %s", PASSWORD)
+    line = json.loads(capsys.readouterr().err)
+    assert line["level"] == "ERROR"
+    assert line["service"] == "iris"
+    assert line["message"] == "failed with ***"
+    assert "ValueError: ***" in line["exception"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "json_lines"),
+    [
+        ({}, False),
+        ({"ENV": "dev"}, False),
+        ({"ENV": "prod", "LOG_FORMAT": "text"}, False),
+        ({"LOG_FORMAT": "json"}, True),
+    ],
+)
+def test_format(environ: Mapping[str, str], json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    set_up(environ)
+    logging.getLogger("darwin").info("hello")
+    assert capsys.readouterr().err.startswith("{") is json_lines
+
+
+def test_libraries_stay_quiet_at_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up({"LOG_LEVEL": "DEBUG"})
+    logging.getLogger("urllib3").debug("a whole request")
+    logging.getLogger("darwin.fetch").debug("ours")
+    err = capsys.readouterr().err
+    assert "ours" in err
+    assert "a whole request" not in err
+
+
+def _raise(error: Exception) -> darwin_log.Body:
+    def body(_environ: Mapping[str, str], _redact: Redactor) -> None:
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RoleError(f"no model at x with {PASSWORD}"), 1, "no model at x with ***"),
+        (ConfigError(["PORT: bad", "HOST: bad"]), 2, "bad configuration: PORT: bad; HOST: bad"),
+        (ZeroDivisionError("odd"), 1, "unexpected ZeroDivisionError: odd"),
+    ],
+)
+def test_how_a_role_ends(
+    error: Exception,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr(darwin_log, "TERMINATION_LOG", log)
+    assert run_role(_raise(error), ENVIRON) == code
+    assert log.read_text() == message
+    assert PASSWORD not in capsys.readouterr().err
+
+
+def test_no_termination_log_is_made_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(darwin_log, "TERMINATION_LOG", tmp_path / "termination-log")
+    assert run_role(_raise(RoleError("x")), {}) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_log_level_is_a_bad_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_role(_raise(AssertionError("never reached")), {"LOG_LEVEL": "loud"}) == 2
+    assert "LOG_LEVEL='loud'" in capsys.readouterr().err
