@@ -143,8 +143,8 @@ def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Deci
     for entry in entries:
         if reason := used.reason(entry.key):
             decisions[entry.key] = Decision(entry, False, reason)
-        elif entry.idle > settings.ttl_days * DAY:
-            decisions[entry.key] = Decision(entry, True, f"unused for more than TTL_DAYS={settings.ttl_days:g}")
+        elif entry.idle >= settings.ttl_days * DAY:
+            decisions[entry.key] = Decision(entry, True, f"unused for TTL_DAYS={settings.ttl_days:g}")
         else:
             decisions[entry.key] = Decision(entry, False, f"used within TTL_DAYS={settings.ttl_days:g}")
     if settings.max_size_gb:

@@ -116,7 +116,7 @@ class Entry:
 
 def make_key(identity: Mapping[str, str], listing: Sequence[tuple[str, int | None]]) -> str:
     """The key of a model: 64 hex digits over its resolved identity and its files' (path, size)."""
-    content = json.dumps([sorted(identity.items()), sorted(listing)], separators=(",", ":"))
+    content = json.dumps([sorted(identity.items()), sorted(listing, key=lambda file: file[0])], separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
 
 

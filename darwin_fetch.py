@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import darwin_mlflow
 from darwin_cache import File
 from darwin_env import ConfigError
 from darwin_log import RoleError
@@ -41,16 +42,6 @@ PARALLEL_FILES = 4
 
 PROGRESS_SECONDS = 5.0
 TERMINAL_PROGRESS_SECONDS = 0.5
-
-# What MLflow reads from the environment, where the user said nothing. Its own retries multiply with ours (its default
-# is 7, growing to minutes); its multipart download holds up to 2 GiB in memory; nothing may leave a closed cluster.
-MLFLOW_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
-    "MLFLOW_CONFIGURE_LOGGING": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 
 MODEL_URI_EXAMPLE = "models:/my-model/3"
 
@@ -182,7 +173,7 @@ def _check_names(uri: str, names: Sequence[str]) -> None:
 
 def _locate(uri: str) -> tuple[Any, str, dict[str, str]]:
     """The artifact repository of a model, the model's path in it, and the identity it resolved to."""
-    import_mlflow()
+    darwin_mlflow.prepare()
     from mlflow import MlflowClient, get_registry_uri
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -411,14 +402,6 @@ class _Progress:
                 with contextlib.suppress(OSError):
                     size += Path(directory, name).stat().st_size
         return size
-
-
-def import_mlflow() -> None:
-    """Import MLflow with our defaults for what the user left unset. Slow, hence never at the top of a module."""
-    for name, value in MLFLOW_DEFAULTS.items():
-        if not os.environ.get(name):
-            os.environ[name] = value
-    import mlflow  # noqa: F401
 
 
 @contextlib.contextmanager

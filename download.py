@@ -20,6 +20,7 @@ from pathlib import Path
 
 import darwin_cache
 import darwin_fetch
+import darwin_mlflow
 import darwin_output
 from darwin_cache import Cache, Manifest
 from darwin_env import Reader
@@ -192,7 +193,7 @@ def run(environ: Mapping[str, str], redact: Redactor) -> None:
         "up to %d attempts, %g s and more apart; in each, MLflow itself repeats a failing request %s times",
         settings.retry.retries + 1,
         settings.retry.backoff_seconds,
-        read.text(repeats, darwin_fetch.MLFLOW_DEFAULTS[repeats]),
+        read.text(repeats, darwin_mlflow.DEFAULTS[repeats]),
     )
     (through_cache if settings.strategy == "pvc" else to_output)(settings)
 

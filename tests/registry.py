@@ -42,7 +42,7 @@ def client_of(tracking: Tracking) -> Iterator[Any]:
                 os.environ[name] = value
 
 
-def log_model(tracking: Tracking, factor: float) -> Logged:
+def log_model(tracking: Tracking, factor: float, name: str = NAME) -> Logged:
     """Log and register a model that is told apart by its coefficient."""
     with client_of(tracking):
         import mlflow
@@ -54,7 +54,7 @@ def log_model(tracking: Tracking, factor: float) -> Logged:
             info = mlflow.sklearn.log_model(
                 model,
                 name="model",
-                registered_model_name=NAME,
+                registered_model_name=name,
                 input_example=np.array([[1.0]]),
                 pip_requirements=["scikit-learn", "skops"],
             )

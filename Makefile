@@ -1,0 +1,51 @@
+# `make run` and `make test` are all the set-up there is: Python 3.10 or newer, and make.
+
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+STORE := $(CURDIR)/.run
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint lock clean
+
+help:  ## Say what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
+
+setup: $(READY)  ## Create .venv with everything that running and testing need
+
+$(READY): requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
+	@touch $@
+
+run: $(READY)  ## Log a small model, download it with download.py, serve it on PORT (8000)
+	@mkdir -p $(STORE)
+	MLFLOW_TRACKING_URI=sqlite:///$(STORE)/mlflow.db $(BIN)/python examples/log_iris.py $(STORE)/artifacts
+	MLFLOW_TRACKING_URI=sqlite:///$(STORE)/mlflow.db MODEL_URI=models:/iris@champion OUTPUT_PATH=$(STORE)/models \
+	  $(BIN)/python download.py
+	@printf '\nOnce the log says that the model is ready, try in another terminal:\n\n  %s\n\n' \
+	  "$$($(BIN)/python examples/curl_line.py $(STORE)/models $(PORT))"
+	MODEL_LOCAL_PATH=$(STORE)/models MODEL_NAME=iris PORT=$(PORT) $(BIN)/python darwin_serve.py
+
+test: $(READY)  ## Run all tests, with the coverage floor; ARGS="-k cache" for some of them, without it
+	@rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report $(if $(ARGS),--fail-under=0)
+
+lint: $(READY)  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: $(READY)  ## Pin and hash the newest dependencies that pyproject.toml allows
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet $(COMPILE) pyproject.toml --extra sklearn --group dev -o requirements/dev.txt
+
+COMPILE := --universal --python-version 3.10 --generate-hashes --no-annotate --no-header
+
+clean:  ## Remove everything that make made
+	rm -rf $(VENV) $(STORE) build .coverage* .mypy_cache .pytest_cache .ruff_cache

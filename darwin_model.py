@@ -1,0 +1,289 @@
+"""Find an MLflow model on disk, load it, and have it predict. The only serving module that knows MLflow."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.requirements import InvalidRequirement, Requirement
+
+import darwin_mlflow
+from darwin_cells import Spec
+from darwin_log import RoleError
+from darwin_plan import ParamPlan, Plan, Rows, plan_of
+
+MODEL_FILE = "MLmodel"
+PYFUNC = "python_function"
+
+# Keys under which the flavors in `MLmodel` name a file or directory of the model.
+DATA_KEYS = ("data", "model_path", "pickled_model", "model_data", "model_binary", "python_model", "model_code_path")
+
+# Where the module's name is not the package's.
+PACKAGES = {
+    "PIL": "pillow",
+    "cv2": "opencv-python",
+    "google": "protobuf",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+
+# MLflow then decodes datetimes and bytes for models with type hints.
+SERVING = {"_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true"}
+
+# MLflow quotes the whole input in some messages.
+MAX_MESSAGE = 2000
+
+logger = logging.getLogger("darwin.model")
+
+
+class Refused(Exception):
+    """The model, or MLflow on its behalf, does not accept this input. `by_schema` if a check of types said so."""
+
+    def __init__(self, message: str, *, by_schema: bool = False) -> None:
+        super().__init__(message)
+        self.by_schema = by_schema
+
+
+class PredictionFailed(Exception):
+    """The model raised on input that its signature allows. The cause is chained."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. `plan` and `params` parse its input; `outputs` is its output signature in JSON form.
+
+    `example` is the JSON body of a request the model was logged with, None if it has none.
+    """
+
+    directory: Path
+    flavors: tuple[str, ...]
+    plan: Plan
+    params: ParamPlan
+    outputs: Sequence[Spec]
+    example: bytes | None
+    pyfunc: Any
+
+    def predict(self, rows: Rows, params: Mapping[str, Any] | None = None) -> Any:
+        """What `mlflow.pyfunc` answers to `rows`. Raises `Refused` or `PredictionFailed`."""
+        return self._predict(rows.for_model(), params, doubtful=rows.doubtful)
+
+    def predict_own_example(self) -> Any:
+        """What the model answers to its input example as MLflow stored it. Raises like `predict`."""
+        params = self.pyfunc.metadata.load_input_example_params(str(self.directory))
+        return self._predict(self.pyfunc.input_example, params, doubtful=False)
+
+    def _predict(self, data: Any, params: Mapping[str, Any] | None, *, doubtful: bool) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.pyfunc.predict(data, params=dict(params) if params else None)
+        except MlflowException as error:
+            # What MLflow raises on input it was left to check has any code.
+            if doubtful or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise Refused(_short(error), by_schema=error.error_code == "INVALID_PARAMETER_VALUE") from error
+            raise PredictionFailed(_short(error)) from error
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise (Refused if doubtful else PredictionFailed)(_short(error)) from error
+        except (Exception, SystemExit) as error:
+            raise PredictionFailed(_short(error)) from error
+
+
+def _short(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"
+
+
+def find_model(path: Path) -> Path:
+    """Where `MLmodel` is: `path`, its `model`, or the parent of a `path` that ends in `model` and isn't there.
+
+    Raises `RoleError` saying where it looked, and if a link leads nowhere, which.
+    """
+    places = [path, path / "model"]
+    # Darwin's chart serves <dir>/model, but a download by its own scripts may put the model in <dir>.
+    if path.name == "model" and not path.exists() and not path.is_symlink():
+        places = [path, path.parent]
+    for place in places:
+        if (place / MODEL_FILE).is_file():
+            return place
+    links = [
+        link for place in places for link in (place, place / MODEL_FILE) if link.is_symlink() and not link.exists()
+    ]
+    if links:
+        raise RoleError(
+            f"no model at {path}: {links[0]} is a link to {links[0].readlink()}, which is not there: the volume with "
+            "the model cache is probably not mounted at the same path as in the init container"
+        )
+    looked = ", ".join(str(place / MODEL_FILE) for place in places)
+    state = "does not exist" if not path.exists() else "is empty" if not _entries(path) else "holds no MLflow model"
+    raise RoleError(f"no model at {path}, which {state} (looked for {looked}): check that the download put it there")
+
+
+def _entries(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return [""]
+
+
+def load(directory: Path, model_config: Mapping[str, Any] | None = None) -> Model:
+    """Load the model in `directory`. Raises `RoleError` naming the file, library or version that is in the way."""
+    description = _description(directory)
+    requirements = _requirements(directory)
+    differences = _differences(requirements, description["flavors"][PYFUNC].get("python_version"))
+    if differences:
+        logger.warning("the model was made with other versions: %s", "; ".join(differences))
+    darwin_mlflow.prepare(**SERVING)
+    try:
+        import mlflow.pyfunc
+
+        pyfunc = mlflow.pyfunc.load_model(str(directory), suppress_warnings=True, model_config=model_config or None)
+    except (Exception, SystemExit) as error:  # loading runs the flavor's and the model's own code
+        raise RoleError(_why(directory, description, requirements, differences, error)) from error
+    signature = pyfunc.metadata.signature
+    inputs = signature.inputs.to_dict() if signature and signature.inputs else None
+    return Model(
+        directory=directory,
+        flavors=tuple(name for name in description["flavors"] if name != PYFUNC) or (PYFUNC,),
+        plan=plan_of(inputs, from_type_hint=pyfunc.metadata._is_signature_from_type_hint()),
+        params=ParamPlan(signature.params.to_dict() if signature and signature.params else None),
+        outputs=signature.outputs.to_dict() if signature and signature.outputs else (),
+        example=_example(directory, description),
+        pyfunc=pyfunc,
+    )
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    file = directory / MODEL_FILE
+    try:
+        description = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RoleError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(description, dict) or not isinstance(description.get("flavors"), dict):
+        raise RoleError(f"{file} does not describe an MLflow model ({file.stat().st_size} bytes): it may be truncated")
+    if not isinstance(description["flavors"].get(PYFUNC), dict):
+        flavors = ", ".join(description["flavors"]) or "none"
+        raise RoleError(
+            f"{file} has no {PYFUNC} flavor (it has: {flavors}), so MLflow cannot serve this model: log it with one"
+        )
+    return description
+
+
+def _example(directory: Path, description: Mapping[str, Any]) -> bytes | None:
+    name = (description.get("saved_input_example_info") or {}).get("serving_input_path")
+    try:
+        return (directory / name).read_bytes() if name else None
+    except OSError as error:
+        logger.warning("the model's input example cannot be read: %s", error)
+        return None
+
+
+def _requirements(directory: Path) -> list[Requirement]:
+    try:
+        lines = (directory / "requirements.txt").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    return list(_parsed(lines))
+
+
+def _parsed(lines: Sequence[str]) -> Iterator[Requirement]:
+    for line in lines:
+        try:
+            requirement = Requirement(line.partition(" #")[0].strip())
+        except InvalidRequirement:  # an option, a file, a URL: nothing to compare
+            continue
+        if requirement.marker is None or requirement.marker.evaluate():
+            yield requirement
+
+
+def _installed(package: str) -> str | None:
+    # The slim distribution is the same library under another name.
+    for name in (package, "mlflow-skinny") if package == "mlflow" else (package,):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _differences(requirements: Sequence[Requirement], python: Any) -> list[str]:
+    """What the model was made with and this process hasn't got, such as `numpy==1.26.4 (2.4.6 is installed)`."""
+    found = []
+    for requirement in requirements:
+        installed = _installed(requirement.name)
+        wanted = f"{requirement.name}{requirement.specifier}"
+        if installed is None:
+            found.append(f"{wanted} (not installed)")
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            found.append(f"{wanted} ({installed} is installed)")
+    running = platform.python_version()
+    if python and str(python).split(".")[:2] != running.split(".")[:2]:
+        found.append(f"Python {python} (this is {running})")
+    return found
+
+
+def _why(
+    directory: Path,
+    description: Mapping[str, Any],
+    requirements: Sequence[Requirement],
+    differences: Sequence[str],
+    error: BaseException,
+) -> str:
+    """The reason, as far as it shows, why the model in `directory` could not be loaded."""
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
+        chain.append(inner)
+    absent = next((e.name for e in chain if isinstance(e, ModuleNotFoundError) and e.name), None)
+    if absent:
+        package = PACKAGES.get(absent.split(".")[0], absent.split(".")[0])
+        wanted = [str(r) for r in requirements if _normal(r.name) == _normal(package)]
+        asked = f" (the model asks for {wanted[0]})" if wanted else " (the model's requirements.txt does not list it)"
+        return f"cannot load the model in {directory}: it needs the library {package}, which is not installed{asked}"
+    parts = [f"cannot load the model in {directory}: {' '.join(_short(error).split())}"]
+    files = list(_data_files(directory, description))
+    bad = [note for _, note in files if note]
+    if bad:
+        parts.append("; ".join(bad))
+    elif files:
+        sizes = ", ".join(f"{file} ({file.stat().st_size} bytes)" for file, _ in files if file.is_file())
+        parts.append(f"if it is truncated or damaged, download it again: {sizes or files[0][0]}")
+    if differences:
+        parts.append(f"the model was made with other versions: {'; '.join(differences)}")
+    return ". ".join(parts)
+
+
+def _normal(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _data_files(directory: Path, description: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Each file or directory that the flavors name, and what is visibly wrong with it, if anything."""
+    names = dict.fromkeys(
+        conf[key]
+        for conf in description["flavors"].values()
+        if isinstance(conf, dict)
+        for key in DATA_KEYS
+        if isinstance(conf.get(key), str)
+    )
+    for name in names:
+        file = directory / name
+        if not file.exists():
+            yield file, f"{file} is missing"
+        elif file.is_file():
+            yield file, f"{file} is empty" if not file.stat().st_size else ""
+        else:
+            inside = [part for part in sorted(file.rglob("*")) if part.is_file()]
+            empty = [part for part in inside if not part.stat().st_size and part.name != "__init__.py"]
+            yield file, f"{file} is empty" if not inside else f"{empty[0]} is empty" if empty else ""
+
+
+def mlflow_version() -> str:
+    """The version of the MLflow that loads models here."""
+    return _installed("mlflow") or ""

@@ -1,0 +1,569 @@
+"""A model's signature, compiled once into a parser of requests.
+
+A plan turns one of the wire shapes (records, split, inputs, CSV text, Darwin's features) into `Rows` whose dtypes are
+exactly those the signature names, or raises `InputError` with every bad cell. It is made from the signature's JSON form
+(https://mlflow.org/docs/latest/ml/model/signatures/): this module knows numpy and pandas, neither MLflow nor HTTP.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from darwin_cells import (
+    MISSING,
+    Array,
+    Bad,
+    Cell,
+    ParamsError,
+    Report,
+    Spec,
+    below,
+    cell_of,
+    or_null,
+    parse_column,
+    refuse,
+    tensor_cell,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Parsed input of `count` rows.
+
+    `value` is a dict of one-dimensional columns if `table`, else what the model takes: an array, a dict of arrays, a
+    DataFrame, a list. `doubtful` input was not checked or holds nulls: if the model fails on it, it may be to blame.
+    """
+
+    value: Any
+    count: int
+    table: bool = False
+    doubtful: bool = False
+
+    def for_model(self) -> Any:
+        return pd.DataFrame(self.value, index=pd.RangeIndex(self.count)) if self.table else self.value
+
+
+@dataclass(frozen=True)
+class Column:
+    """A signature's column; one without a name is known by its position."""
+
+    name: str | int
+    cell: Cell
+    required: bool
+
+    @property
+    def key(self) -> str:
+        """The name as JSON and CSV can write it."""
+        return str(self.name)
+
+    def place(self, row: int) -> tuple[int, str]:
+        return row, self.key
+
+
+def _need_rows(rows: Any, expected: str) -> list[Any]:
+    if type(rows) is not list or not rows:
+        raise refuse(expected, rows)
+    return rows
+
+
+def _need_lists(rows: Sequence[Any], width: int) -> None:
+    """Raise `InputError` unless each row is a list of `width` values."""
+    report = Report()
+    for index, row in enumerate(rows):
+        if type(row) is not list:
+            report.mismatch(index, "", f"a list of {width} values", row)
+        elif len(row) != width:
+            report.mismatch(index, "", f"{width} values", row)
+    report.finish()
+
+
+def _need_objects(rows: Sequence[Any]) -> None:
+    report = Report()
+    for index, row in enumerate(rows):
+        if type(row) is not dict:
+            report.mismatch(index, "", "an object", row)
+    report.finish()
+
+
+def _need_names(columns: Any) -> list[str]:
+    if type(columns) is not list or any(isinstance(name, (list, dict)) for name in columns):
+        raise refuse("a list of column names", columns)
+    names = [str(name) for name in columns]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 10_000 else []
+        raise refuse("column names that differ", columns, f"more than once: {', '.join(twice)[:200]}")
+    return names
+
+
+def _read_csv(text: str) -> tuple[list[str], list[list[str]]]:
+    try:
+        lines = [line for line in csv.reader(io.StringIO(text, newline=""), strict=True) if line]
+    except csv.Error as error:
+        raise refuse("CSV with a header row", text, str(error)) from None
+    if len(lines) < 2:
+        raise refuse("CSV with a header row and at least one row of data", text)
+    names, rows = _need_names(lines[0]), lines[1:]
+    _need_lists(rows, len(names))
+    return names, rows
+
+
+class ColumnPlan:
+    """A signature of typed columns. Extra columns are ignored; the order of named ones does not matter."""
+
+    def __init__(self, specs: Sequence[Spec]) -> None:
+        self.named = specs[0].get("name") is not None
+        self.columns = tuple(
+            Column(spec["name"] if self.named else index, cell_of(spec), bool(spec.get("required", True)))
+            for index, spec in enumerate(specs)
+        )
+        # With these, MLflow takes an object of lists for one row.
+        self._row_of_lists = any(spec["type"] in ("array", "object") for spec in specs)
+        self.inputs = describe(specs)
+
+    def records(self, rows: Any) -> Rows:
+        """`[{"a": 1, "b": 2}, …]`: an object per row."""
+        rows = _need_rows(rows, "a list of at least one object")
+        _need_objects(rows)
+        keys = self._keys_by_position(list(rows[0]))
+        cells: list[Sequence[Any]] = []
+        for key in keys:
+            try:
+                cells.append([row[key] for row in rows])
+            except KeyError:
+                cells.append([row.get(key, MISSING) for row in rows])
+        return self._table(cells, len(rows))
+
+    def split(self, columns: Any, data: Any) -> Rows:
+        """`["a", "b"]` and `[[1, 2], …]`: names once, then a list per row; without names, by position."""
+        data = _need_rows(data, "data: a list of at least one row")
+        if columns is None:
+            return self.positional(data)
+        names = _need_names(columns)
+        _need_lists(data, len(names))
+        return self._split(names, list(zip(*data, strict=True)), len(data))
+
+    def positional(self, rows: list[Any]) -> Rows:
+        """`[[1, 2], …]`: a list per row, in the signature's order."""
+        _need_lists(rows, len(self.columns))
+        return self._table(list(zip(*rows, strict=True)), len(rows))
+
+    def arrays(self, columns: Mapping[str, Any]) -> Rows:
+        """`{"a": [1, …], "b": [2, …]}`: a list per column, all equally long."""
+        report = Report()
+        wanted = {column.key for column in self.columns}
+        used = {name: part for name, part in columns.items() if name in wanted or not self.named}
+        lengths = {name: len(part) for name, part in used.items() if type(part) is list}
+        count = max(lengths.values(), default=0)
+        for name, length in lengths.items():
+            if length != count:
+                report.mismatch(None, name, f"{count} values, as many as the longest column", columns[name])
+        for name, value in used.items():
+            if type(value) is not list:
+                report.mismatch(None, name, "a list, a value for each row", value)
+        report.finish()
+        if not count:
+            raise refuse("a list of at least one value in each column", dict(columns))
+        return self._split(list(used), list(used.values()), count)
+
+    def instances(self, value: Any) -> Rows:
+        """The `instances` or `inputs` of TensorFlow Serving's REST form: rows, or an object of columns."""
+        if type(value) is dict:
+            lists = any(type(part) is list for part in value.values())
+            return self.arrays(value) if lists and not self._row_of_lists else self.records([value])
+        single = len(self.columns) == 1
+        if type(value) is not list:
+            if single:
+                return self._table([[value]], 1)
+            raise refuse("a list of rows or an object of columns", value)
+        rows = _need_rows(value, "a list of at least one row")
+        kinds = set(map(type, rows))
+        if kinds == {dict}:
+            return self.records(rows)
+        if single and self.columns[0].cell.name.startswith("array"):
+            return self._table([rows if list in kinds else [rows]], len(rows) if list in kinds else 1)
+        if single and list not in kinds:
+            return self._table([rows], len(rows))
+        return self.positional(rows)
+
+    def features(self, value: Any) -> Rows:
+        """Darwin's form: one object, or a list of them; for unnamed columns also a list, or a list of lists."""
+        if type(value) is dict:
+            return self.records([value])
+        if not self.named and type(value) is list and value and dict not in set(map(type, value)):
+            return self.positional(value if type(value[0]) is list else [value])
+        if type(value) is not list:
+            raise refuse("an object of named values, or a list of such objects", value)
+        return self.records(value)
+
+    def csv(self, text: str) -> Rows:
+        """CSV whose first row names the columns. An empty cell is null."""
+        names, rows = _read_csv(text)
+        parsers = dict(zip(self._keys_by_position(names), (c.cell.from_text for c in self.columns), strict=True))
+        cells = [
+            [None if text == "" else parsers[name](text) for text in texts] if name in parsers else texts
+            for name, texts in zip(names, zip(*rows, strict=True), strict=True)
+        ]
+        return self._split(names, cells, len(rows))
+
+    def sample(self, rows: Rows | None) -> Any:
+        """`features` for one row: the first of `rows`, or else made up from the types."""
+        if rows is None:
+            return {column.key: column.cell.sample for column in self.columns}
+        return {str(name): values[0] for name, values in rows.value.items()}
+
+    def json_schema(self) -> dict[str, Any]:
+        """JSON Schema (draft 2020-12) of `features` for one row."""
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "type": "object",
+            "properties": {c.key: c.cell.schema if c.required else or_null(c.cell.schema) for c in self.columns},
+            "required": [column.key for column in self.columns if column.required],
+        }
+
+    def _keys_by_position(self, given: list[str]) -> list[str]:
+        keys = [column.key for column in self.columns]
+        if self.named or set(keys) <= set(given):
+            return keys
+        return given[: len(keys)] + keys[len(given) :]
+
+    def _split(self, names: list[str], cells: Sequence[Sequence[Any]], count: int) -> Rows:
+        by_name = dict(zip(names, cells, strict=True))
+        return self._table([by_name.get(key) for key in self._keys_by_position(names)], count)
+
+    def _table(self, cells: Sequence[Sequence[Any] | None], count: int) -> Rows:
+        """`cells` holds a column's values, or None, for each column of the signature."""
+        report = Report()
+        columns: dict[str | int, Array] = {}
+        for column, values in zip(self.columns, cells, strict=True):
+            if values is not None:
+                array = parse_column(column.cell, values, column.required, report, column.place)
+                if array is not None:
+                    columns[column.name] = array
+            elif column.required:
+                report.missing(None, column.key, column.cell.name)
+        report.finish()
+        return Rows(columns, count, table=True, doubtful=report.nulls)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A signature's tensor; -1 in `shape` stands for any length."""
+
+    name: str | None
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    cell: Cell
+
+    @property
+    def key(self) -> str:
+        return self.name or ""
+
+    @property
+    def batched(self) -> bool:
+        return self.shape[:1] == (-1,)
+
+    def parse(self, value: Any, report: Report, shape: tuple[int, ...] | None = None) -> Array | None:
+        """Nested lists as an array of `shape` (the tensor's own by default), or None with the reasons in `report`."""
+        shape = self.shape if shape is None else shape
+        expected = f"{self.dtype.name} of shape {list(shape)}"
+        level, lengths = [value], []
+        for axis, wanted in enumerate(shape):
+            found = {len(part) if type(part) is list else -1 for part in level}
+            if -1 in found:
+                odd = next(part for part in level if type(part) is not list)
+                report.mismatch(None, self.key, expected, odd, f"not a list at depth {axis + 1}")
+                return None
+            if len(found) > 1 or (found and wanted not in (-1, *found)):
+                why = f"lengths along axis {axis}: {', '.join(map(str, sorted(found)[:5]))}"
+                report.mismatch(None, self.key, expected, value, why)
+                return None
+            lengths.append(found.pop() if found else max(wanted, 0))
+            level = list(itertools.chain.from_iterable(level))
+        if lengths and not lengths[0]:
+            report.mismatch(None, self.key, expected, value, "no rows")
+            return None
+
+        def place(index: int) -> tuple[int | None, str]:
+            indices = [int(i) for i in np.unravel_index(index, lengths)] if lengths else []
+            return (indices[0] if indices else None), self.key + "".join(f"[{i}]" for i in indices[1:])
+
+        array = parse_column(self.cell, level, True, report, place)
+        if array is None:
+            return None
+        array = array if self.dtype.kind in "SU" else array.astype(self.dtype, copy=False)
+        return array.reshape(lengths)
+
+    def from_cells(self, cells: list[Any], report: Report) -> Array | None:
+        """The values of a table's column, one a row: numbers, or lists that may be flattened."""
+        nested = [type(cell) is list for cell in cells]
+        if self.shape == (-1, 1) and not any(nested):
+            cells = [[cell] for cell in cells]
+        flat = all(nested) and not any(cell and type(cell[0]) is list for cell in cells)
+        if len(self.shape) > 2 and flat and self.batched and -1 not in self.shape[1:]:
+            array = self.parse(cells, report, (-1, math.prod(self.shape[1:])))
+            return None if array is None else array.reshape(self.shape)
+        return self.parse(cells, report)
+
+    def json_schema(self, row: bool) -> Spec:
+        schema: Spec = self.cell.schema
+        for length in reversed(self.shape[1:] if row else self.shape):
+            size = {} if length == -1 else {"minItems": length, "maxItems": length}
+            schema = {"type": "array", "items": schema, **size}
+        return schema
+
+    def sample(self) -> Any:
+        value = self.cell.sample
+        for length in reversed(self.shape):
+            value = [value] * (1 if length == -1 else length)
+        return value
+
+
+class TensorPlan:
+    """A signature of one unnamed tensor, or of named ones."""
+
+    def __init__(self, specs: Sequence[Spec]) -> None:
+        self.tensors = []
+        for spec in specs:
+            dtype = np.dtype(spec["tensor-spec"]["dtype"])
+            shape = tuple(spec["tensor-spec"]["shape"])
+            self.tensors.append(Tensor(spec.get("name"), dtype, shape, tensor_cell(dtype)))
+        self.named = self.tensors[0].name is not None
+        self.inputs = describe(specs)
+
+    def records(self, rows: Any) -> Rows:
+        rows = _need_rows(rows, "a list of at least one object")
+        _need_objects(rows)
+        names = list(rows[0])
+        return self._cells(names, [[row.get(name, MISSING) for row in rows] for name in names], len(rows))
+
+    def split(self, columns: Any, data: Any) -> Rows:
+        data = _need_rows(data, "data: a list of at least one row")
+        width = len(data[0]) if type(data[0]) is list else 0
+        names = [t.key for t in self.tensors] if self.named else [str(i) for i in range(width)]
+        if columns is not None:
+            names = _need_names(columns)
+        _need_lists(data, len(names))
+        return self._cells(names, [list(column) for column in zip(*data, strict=True)], len(data))
+
+    def csv(self, text: str) -> Rows:
+        names, rows = _read_csv(text)
+        cells = {t.key: t.cell for t in self.tensors} if self.named else dict.fromkeys(names, self.tensors[0].cell)
+        parsers = [cells[name].from_text if name in cells else str for name in names]
+        columns = [
+            [None if text == "" else parse(text) for text in texts]
+            for parse, texts in zip(parsers, zip(*rows, strict=True), strict=True)
+        ]
+        return self._cells(names, columns, len(rows))
+
+    def instances(self, value: Any) -> Rows:
+        if self.named and type(value) is list and value and set(map(type, value)) == {dict}:
+            value = {t.key: [row.get(t.key, MISSING) for row in value] for t in self.tensors}
+        elif self.named and type(value) is not dict and len(self.tensors) == 1:
+            value = {self.tensors[0].key: value}
+        if self.named and type(value) is not dict:
+            raise refuse("an object of named tensors, or a list of such objects", value)
+        return self._parse(value if self.named else {"": value}, Tensor.parse)
+
+    def features(self, value: Any) -> Rows:
+        """Darwin's form: the tensor or an object of tensors, each with or without its first axis of length -1."""
+        if self.named and type(value) is list:
+            return self.instances(value)
+        if self.named and type(value) is not dict:
+            raise refuse("an object of named tensors", value)
+        given = value if self.named else {"": value}
+        batched = [t for t in self.tensors if t.batched]
+        rows = {t.key: [given[t.key]] for t in batched if _depth(given.get(t.key)) == len(t.shape) - 1}
+        return self._parse({**given, **rows}, Tensor.parse)
+
+    def sample(self, rows: Rows | None) -> Any:
+        if rows is None:
+            given = {tensor.key: tensor.sample() for tensor in self.tensors}
+        else:
+            given = rows.value if self.named else {"": rows.value}
+        first = {t.key: given[t.key][0] if t.batched else given[t.key] for t in self.tensors}
+        return first if self.named else first[""]
+
+    def json_schema(self) -> dict[str, Any]:
+        schemas = {tensor.key: tensor.json_schema(row=tensor.batched) for tensor in self.tensors}
+        features = {"type": "object", "properties": schemas, "required": list(schemas)} if self.named else schemas[""]
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **features}
+
+    def _cells(self, names: list[str], columns: list[list[Any]], count: int) -> Rows:
+        if self.named:
+            return self._parse(dict(zip(names, columns, strict=True)), Tensor.from_cells)
+        if len(columns) == 1:
+            return self._parse({"": columns[0]}, Tensor.from_cells)
+        rows = [list(row) for row in zip(*columns, strict=True)] or [[]] * count
+        return self._parse({"": rows}, Tensor.parse)
+
+    def _parse(self, given: Mapping[str, Any], parse: Callable[[Tensor, Any, Report], Array | None]) -> Rows:
+        report, arrays = Report(), {}
+        for tensor in self.tensors:
+            if tensor.key in given:
+                arrays[tensor.key] = parse(tensor, given[tensor.key], report)
+            else:
+                report.missing(None, tensor.key, f"{tensor.dtype.name} of shape {list(tensor.shape)}")
+        report.finish()
+        first = next(iter(arrays.values()))
+        assert first is not None
+        return Rows(arrays if self.named else first, len(first) if first.ndim else 1, doubtful=report.nulls)
+
+
+def _depth(value: Any) -> int:
+    depth = 0
+    while type(value) is list:
+        depth += 1
+        value = value[0] if value else None
+    return depth
+
+
+class UncheckedPlan:
+    """No signature: the same objects that MLflow's scoring server would hand to such a model."""
+
+    inputs: Sequence[Spec] = ()
+
+    def records(self, rows: Any) -> Rows:
+        rows = _need_rows(rows, "a list of at least one object")
+        return self._rows(lambda: pd.DataFrame(rows), rows)
+
+    def split(self, columns: Any, data: Any) -> Rows:
+        data = _need_rows(data, "data: a list of at least one row")
+        return self._rows(lambda: pd.DataFrame(data, columns=columns), data)
+
+    def csv(self, text: str) -> Rows:
+        return self._rows(lambda: pd.read_csv(io.StringIO(text)), text)
+
+    def instances(self, value: Any) -> Rows:
+        if type(value) is list and value and set(map(type, value)) == {dict}:
+            keys = dict.fromkeys(itertools.chain.from_iterable(value))
+            value = {key: [row[key] for row in value if key in row] for key in keys}
+        if type(value) is dict:
+            return self._rows(lambda: {key: np.array(part) for key, part in value.items()}, value)
+        return self._rows(lambda: np.array(value), value)
+
+    def features(self, value: Any) -> Rows:
+        if type(value) is dict or (type(value) is list and dict in set(map(type, value))):
+            return self.records([value] if type(value) is dict else value)
+        return self.instances(value)
+
+    def sample(self, rows: Rows | None) -> Any:  # noqa: ARG002 - the plans share one form
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        return {}
+
+    def _rows(self, make: Callable[[], Any], given: Any) -> Rows:
+        try:
+            value = make()
+        except Exception as error:  # whatever pandas and numpy raise, the cause is what they were given
+            raise refuse("rows that make a table or an array", given, str(error)[:300]) from None
+        sizes = [array.shape[:1] for array in value.values()] if isinstance(value, dict) else [value.shape[:1]]
+        if not sizes or 0 in sizes[0] or (isinstance(value, pd.DataFrame) and not len(value)):
+            raise refuse("at least one row", given)
+        return Rows(value, sizes[0][0] if sizes[0] else 1, doubtful=True)
+
+
+class HintedPlan(ColumnPlan):
+    """A signature made from a Python model's type hints: MLflow itself checks the list against the hints."""
+
+    def records(self, rows: Any) -> Rows:
+        raise refuse("`inputs`, a list: this model takes what its type hints say, not a table", rows)
+
+    def split(self, columns: Any, data: Any) -> Rows:  # noqa: ARG002 - the plans share one form
+        return self.records(data)
+
+    def csv(self, text: str) -> Rows:
+        return self.records(text)
+
+    def instances(self, value: Any) -> Rows:
+        if type(value) is list and not value:
+            raise refuse("a list of at least one value", value)
+        return Rows(value, len(value) if type(value) is list else 1, doubtful=True)
+
+    def features(self, value: Any) -> Rows:
+        return self.instances(value if type(value) is list else [value])
+
+    def sample(self, rows: Rows | None) -> Any:
+        if rows is not None:
+            return rows.value[:1] if type(rows.value) is list else rows.value
+        return [super().sample(None) if self.named else self.columns[0].cell.sample]
+
+    def json_schema(self) -> dict[str, Any]:
+        schema = super().json_schema()
+        items = schema if self.named else self.columns[0].cell.schema
+        return {"$schema": schema.pop("$schema"), "type": "array", "items": items}
+
+
+Plan = ColumnPlan | TensorPlan | UncheckedPlan
+
+
+def describe(specs: Sequence[Spec]) -> list[dict[str, Any]]:
+    """A signature's inputs or outputs for a reader: `[{"name", "type", "required", …}, …]`."""
+    described = []
+    for index, spec in enumerate(specs):
+        name = spec.get("name")
+        if spec["type"] == "tensor":
+            tensor = spec["tensor-spec"]
+            rest: Spec = {"type": "tensor", "dtype": tensor["dtype"], "shape": list(tensor["shape"])}
+            name = name or ""
+        else:
+            rest = {key: value for key, value in spec.items() if key != "name"}
+        described.append({"name": str(index if name is None else name), "required": True, **rest})
+    return described
+
+
+def plan_of(inputs: Sequence[Spec] | None, *, from_type_hint: bool = False) -> Plan:
+    """The plan for a signature's inputs, in the JSON form that MLflow stores in `MLmodel`; None for no signature."""
+    if not inputs:
+        return UncheckedPlan()
+    if from_type_hint:
+        return HintedPlan(inputs)
+    return TensorPlan(inputs) if inputs[0]["type"] == "tensor" else ColumnPlan(inputs)
+
+
+class ParamPlan:
+    """A signature's parameters. Undeclared ones are ignored, absent ones left to MLflow, which knows their defaults."""
+
+    def __init__(self, specs: Sequence[Spec] | None) -> None:
+        self.specs = list(specs or ())
+        self._cells = {spec["name"]: (cell_of(spec), spec.get("shape") is not None) for spec in self.specs}
+
+    def parse(self, given: Any) -> dict[str, Any]:
+        """The declared parameters among `given`, as Python values; `ParamsError` lists all that don't fit."""
+        if given is None or not self._cells:
+            return {}
+        if type(given) is not dict:
+            raise ParamsError(refuse("params: an object", given).problems)
+        report, result = Report(), {}
+        for name, (cell, many) in self._cells.items():
+            if name not in given:
+                continue
+            value, bad = given[name], report.at(None, f"params.{name}")
+            if many and type(value) is not list:
+                bad("", f"a list of {cell.name}", value, "")
+            elif many:
+                result[name] = [_param(cell, part, below(bad, f"[{index}]")) for index, part in enumerate(value)]
+            else:
+                result[name] = _param(cell, value, bad)
+        report.finish(ParamsError)
+        return result
+
+
+def _param(cell: Cell, value: Any, bad: Bad) -> Any:
+    if value is None:
+        return None
+    converted = cell.convert(value, bad)
+    if cell.name == "datetime" and type(value) is str:
+        # MLflow takes a date or a datetime, which nanoseconds would not become.
+        unit = "D" if len(value) == 10 else "us"
+        return np.datetime64(converted, "ns").astype(f"datetime64[{unit}]").item()
+    return value if cell.name == "object" else converted

@@ -1,0 +1,112 @@
+"""Real servers for tests: the role as a subprocess, and any ASGI application on uvicorn in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+import uvicorn
+
+from tests.conftest import ROOT, clean_environ, wait_until
+
+_LISTENING = re.compile(r'listening on (http://[^\s"]+)')
+
+
+@dataclass
+class Served:
+    """The role, running. `lines` is its log so far."""
+
+    process: subprocess.Popen[str]
+    reader: threading.Thread
+    url: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return requests.get(self.url + path, timeout=60, **options)
+
+    def post(self, path: str, json: Any = None, **options: Any) -> requests.Response:
+        return requests.post(self.url + path, json=json, timeout=60, **options)
+
+    def listening(self) -> bool:
+        """Whether the log says where it listens; `url` is then known."""
+        assert self.process.poll() is None, f"the server ended:\n{self.log}"
+        found = _LISTENING.search(self.log)
+        self.url = found[1] if found else ""
+        return bool(found)
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, f"the server ended:\n{self.log}"
+        return self.get("/ready").status_code == 200
+
+    def stop(self) -> int:
+        """Ask it to end, wait until it has, and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=60)
+        self.reader.join(timeout=60)
+        return code
+
+
+@contextlib.contextmanager
+def serving(path: Path | None = None, *, wait: bool = True, **env: object) -> Iterator[Served]:
+    """`python darwin_serve.py` on a free port, ready to predict; it must end with 0 when asked to.
+
+    With `wait=False` it may still be loading, and only has to listen.
+    """
+    if path is not None:
+        env["MODEL_LOCAL_PATH"] = path
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "darwin_serve.py"],
+        env=clean_environ(**{"HOST": "127.0.0.1", "PORT": 0, **env}),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    lines: list[str] = []
+    reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+    reader.start()
+    served = Served(process, reader, lines=lines)
+    try:
+        wait_until(served.listening, "listening")
+        if wait:
+            wait_until(served.ready, "readiness")
+        yield served
+        assert served.stop() == 0, served.log
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        reader.join(timeout=60)
+        process.stderr.close()
+
+
+@contextlib.contextmanager
+def in_thread(app: Any) -> Iterator[str]:
+    """`app` on a real uvicorn in a thread of this process; yields its base URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(app, loop="uvloop", http="httptools", lifespan="off", log_config=None, access_log=False)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, "uvicorn")
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=60)
+        assert not thread.is_alive()

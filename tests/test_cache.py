@@ -1,0 +1,234 @@
+"""The on-disk contract, on a real directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+import darwin_cache
+from darwin_cache import Cache, File, Manifest, NotACache
+
+KEY, OTHER = "a" * 64, "b" * 64
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache.prepare(tmp_path / "cache")
+
+
+def publish(cache: Cache, key: str, content: bytes = b"weights", uri: str = "models:/m/1") -> bool:
+    staging = cache.stage(key)
+    (staging / "model" / "MLmodel").write_bytes(content)
+    sha = hashlib.sha256(content).hexdigest()
+    return cache.publish(staging, key, Manifest(uri, {"version": "1"}, [File("MLmodel", len(content), sha)]))
+
+
+def test_published_is_whole(cache: Cache) -> None:
+    assert publish(cache, KEY)
+    assert cache.has(KEY)
+    assert cache.damage(KEY) == []
+    assert not list((cache.root / ".staging").iterdir())
+    [entry], strange = cache.entries()
+    assert (entry.key, entry.bytes, entry.model_uri, strange) == (KEY, 7, "models:/m/1", [])
+
+
+def test_the_first_publisher_wins(cache: Cache) -> None:
+    assert publish(cache, KEY, b"first")
+    assert not publish(cache, KEY, b"second")
+    assert (cache.model(KEY) / "MLmodel").read_bytes() == b"first"
+    assert not list((cache.root / ".staging").iterdir())
+
+
+def test_what_the_manifest_denies_is_not_published(cache: Cache) -> None:
+    staging = cache.stage(KEY)
+    (staging / "model" / "MLmodel").write_bytes(b"half")
+    with pytest.raises(ValueError, match="4 bytes instead of 8"):
+        cache.publish(staging, KEY, Manifest("models:/m/1", {}, [File("MLmodel", 8, "0" * 64)]))
+    assert not cache.has(KEY)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "manifest"])
+def test_damage_is_named(harm: str, cache: Cache) -> None:
+    publish(cache, KEY)
+    file = cache.model(KEY) / "MLmodel"
+    if harm == "truncate":
+        os.truncate(file, 3)
+    elif harm == "remove":
+        file.unlink()
+    else:
+        file = cache.root / KEY / "manifest.json"
+        file.write_text("{}")
+    [damage] = cache.damage(KEY)
+    assert str(file) in damage
+
+
+def test_other_users_may_read(cache: Cache) -> None:
+    publish(cache, KEY)
+    for path in (cache.root / KEY, cache.model(KEY), cache.model(KEY) / "MLmodel"):
+        assert path.stat().st_mode & 0o044 == 0o044
+
+
+def test_a_lease_moves_with_its_output(cache: Cache) -> None:
+    cache.lease("pod", "/models", KEY)
+    cache.lease("pod", "/other", KEY)
+    cache.lease("pod", "/models", OTHER)
+    assert {(lease.output, lease.key) for lease in cache.leases()} == {("/models", OTHER), ("/other", KEY)}
+    for lease in cache.leases():
+        cache.drop_lease(lease)
+    assert cache.leases() == []
+
+
+def test_an_unreadable_lease_is_not_ignored(cache: Cache) -> None:
+    (cache.root / ".leases" / "pod.0.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"pod\.0\.json"):
+        cache.leases()
+
+
+def test_pods_with_the_same_start_have_leases_of_their_own(cache: Cache) -> None:
+    cache.lease("a/b", "/models", KEY)
+    cache.lease("x" * 253, "/models", KEY)
+    assert {lease.pod for lease in cache.leases()} == {"a/b", "x" * 253}
+
+
+def test_refs(cache: Cache) -> None:
+    assert cache.ref("http://mlflow", "models:/m@a") is None
+    cache.set_ref("http://mlflow", "models:/m@a", KEY)
+    found = cache.ref("http://mlflow", "models:/m@a")
+    assert found is not None
+    assert found[0] == KEY
+    assert cache.ref("http://elsewhere", "models:/m@a") is None
+    cache.drop_refs_to({KEY})
+    assert cache.ref("http://mlflow", "models:/m@a") is None
+
+
+def test_trash_and_back(cache: Cache) -> None:
+    publish(cache, KEY)
+    trash = cache.move_to_trash(KEY)
+    assert trash is not None
+    assert not cache.has(KEY)
+    assert [key for _, key, _ in cache.trash()] == [KEY]
+    assert KEY in cache.names(), "still asked for by that name"
+    assert cache.move_to_trash(KEY) is None
+    assert cache.restore(trash, KEY)
+    assert cache.damage(KEY) == []
+    assert not cache.restore(trash, KEY), "another cleanup was first"
+
+
+def test_a_new_download_keeps_its_place(cache: Cache) -> None:
+    publish(cache, KEY, b"old")
+    trash = cache.move_to_trash(KEY)
+    assert trash is not None
+    publish(cache, KEY, b"new")
+    assert not cache.restore(trash, KEY)
+    assert (cache.model(KEY) / "MLmodel").read_bytes() == b"new"
+
+
+def test_aliases(cache: Cache) -> None:
+    alias = darwin_cache.make_alias("shop", "models:/m/1")
+    assert alias == hashlib.sha256(b"shop:models:/m/1").hexdigest()
+    publish(cache, KEY)
+    cache.set_alias(alias, OTHER)
+    cache.set_alias(alias, KEY)
+    assert cache.aliases() == {alias: KEY}
+    assert (cache.root / alias / "model" / "MLmodel").is_file()
+    assert cache.names() == {alias: KEY, KEY: KEY}
+    cache.drop_alias(KEY)
+    assert cache.has(KEY), "only links are aliases"
+    cache.drop_alias(alias)
+    assert cache.aliases() == {}
+
+
+def test_a_planted_link_is_neither_entry_nor_alias(cache: Cache, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (cache.root / KEY).symlink_to(outside)
+    assert cache.aliases() == {}
+    assert cache.entries() == ([], [])
+
+
+def test_strangers_are_told_apart(cache: Cache) -> None:
+    (cache.root / "notes").mkdir()
+    (cache.root / KEY / "model").mkdir(parents=True)
+    (cache.root / "lost+found").mkdir()
+    assert cache.entries() == ([], [KEY, "notes"])
+
+
+def test_keys_depend_on_identity_and_listing() -> None:
+    identity, listing = {"name": "m", "version": "1"}, [("MLmodel", 3), ("data", None)]
+    key = darwin_cache.make_key(identity, listing)
+    assert darwin_cache.is_key(key)
+    assert key == darwin_cache.make_key(dict(reversed(identity.items())), listing[::-1])
+    assert key != darwin_cache.make_key({**identity, "version": "2"}, listing)
+    assert key != darwin_cache.make_key(identity, [("MLmodel", 4), ("data", None)])
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_find_takes_a_cache_or_nothing(prepare: bool, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    root.mkdir()
+    (root / "lost+found").mkdir()
+    if prepare:
+        Cache.prepare(root)
+    found = Cache.find(root)
+    assert (found is not None) is prepare
+
+
+def test_find_refuses(tmp_path: Path) -> None:
+    Cache.prepare(tmp_path / "cache")
+    (tmp_path / "link").symlink_to("cache")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").touch()
+    (tmp_path / "liar").mkdir()
+    (tmp_path / "liar" / "CACHEDIR.TAG").write_text("not the signature")
+    for path, why in {
+        tmp_path / "link": "symbolic link",
+        tmp_path / "home": "not a cache",
+        tmp_path / "liar": "not a cache",
+        tmp_path / "absent": "not a directory",
+        Path("/"): "root of the file system",
+    }.items():
+        with pytest.raises(NotACache, match=why):
+            Cache.find(path)
+
+
+def test_preparing_twice_changes_nothing(cache: Cache) -> None:
+    publish(cache, KEY)
+    before = (cache.root / darwin_cache.TAG_NAME).stat().st_mtime_ns
+    Cache.prepare(cache.root)
+    assert (cache.root / darwin_cache.TAG_NAME).stat().st_mtime_ns == before
+    assert cache.has(KEY)
+
+
+def test_abandoned_by_what_happened_last(cache: Cache) -> None:
+    staging = cache.stage(KEY)
+    # A local store's copy keeps its source's times, which say nothing about the download.
+    old = staging / "model" / "MLmodel"
+    old.touch()
+    os.utime(old, (0, 0))
+    os.utime(staging, (0, 0))
+    assert list(cache.abandoned(3600)) == []
+    assert list(cache.abandoned(-1)) == [staging]
+
+
+def test_an_interrupted_write_leaves_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    darwin_cache.write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        darwin_cache.write_atomically(path, "\ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_removing_follows_no_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link").symlink_to(outside)
+    darwin_cache.remove_tree(inside)
+    darwin_cache.remove_tree(tmp_path / "inside")
+    assert (outside / "file").exists()

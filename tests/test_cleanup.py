@@ -1,0 +1,380 @@
+"""The cache CronJob: its plan by example, its deeds as a process against a real API server."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cleanup
+import darwin_cache
+from cleanup import DAY, GIB, Decision, InUse, Settings
+from darwin_cache import Cache, Entry, File, Lease, Manifest
+from darwin_env import Reader
+from tests import apiserver
+from tests.apiserver import ApiServer, pod
+from tests.conftest import ROOT, Finished, clean_environ
+
+A, B, C, D = (letter * 64 for letter in "abcd")
+
+
+def settings(**environ: object) -> Settings:
+    return Settings.from_env(Reader({"POD_NAME": "cleanup-1", **{name: str(value) for name, value in environ.items()}}))
+
+
+# The plan
+
+
+def entry(key: str, days: float, gib: float = 1) -> Entry:
+    return Entry(key, int(gib * GIB), days * DAY, f"models:/{key[0]}/1")
+
+
+def removed(decisions: list[Decision]) -> list[str]:
+    return [decision.entry.key[0] for decision in decisions if decision.remove]
+
+
+@pytest.mark.parametrize(
+    ("environ", "used", "expected"),
+    [
+        ({}, {}, "cd"),
+        ({"TTL_DAYS": 0.5}, {}, "bcd"),
+        ({"TTL_DAYS": 0}, {}, "abcd"),
+        ({"TTL_DAYS": 100}, {}, ""),
+        ({}, {C: {"web"}}, "d"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2}, {}, "cd"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2}, {D: {"web"}}, "bc"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 4}, {}, ""),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3.5}, {}, "d"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 0.1}, {key: {"web"} for key in (A, B, C, D)}, ""),
+        ({"TTL_DAYS": 9, "MAX_SIZE_GB": 3}, {}, "d"),
+    ],
+)
+def test_plan(environ: dict[str, object], used: dict[str, set[str]], expected: str) -> None:
+    entries = [entry(A, 0), entry(B, 1), entry(C, 8), entry(D, 30)]
+    assert "".join(removed(cleanup.plan(entries, InUse(used), settings(**environ)))) == expected
+
+
+def test_an_unmatched_pod_pins_everything() -> None:
+    decisions = cleanup.plan([entry(D, 30)], InUse(unmatched={"mystery"}), settings(MAX_SIZE_GB=0.1))
+    assert removed(decisions) == []
+    assert "mystery" in decisions[0].reason
+
+
+def test_every_decision_says_why() -> None:
+    entries = [entry(A, 0), entry(B, 1), entry(C, 8), entry(D, 30)]
+    reasons = [d.reason for d in cleanup.plan(entries, InUse({A: {"web"}}), settings(MAX_SIZE_GB=1))]
+    assert reasons == [
+        "in use by web",
+        "least recently used, to come below MAX_SIZE_GB=1",
+        "unused for TTL_DAYS=7",
+        "unused for TTL_DAYS=7",
+    ]
+
+
+# Who uses what
+
+CACHE = {"claim": "models", "mount_path": "/model-cache"}
+
+
+def used_by(
+    *pods: dict[str, Any], leases: tuple[Lease, ...] = (), names: dict[str, str] | None = None, listed: float = 100
+) -> InUse:
+    known = {A: A, B: B} if names is None else names
+    return cleanup.in_use(pods, leases, known, listed, settings())
+
+
+@pytest.mark.parametrize("phase", ["Pending", "Running", "Unknown"])
+def test_a_lease_counts_while_its_pod_lives(phase: str) -> None:
+    lease = Lease("web", "/models", A, 0)
+    assert used_by(pod("web", phase=phase), leases=(lease,)).keys == {A: {"web"}}
+
+
+def test_a_terminating_pod_lives() -> None:
+    lease = Lease("web", "/models", A, 0)
+    dying = pod("web", deleted="2026-01-01T00:00:00Z")
+    assert used_by(dying, leases=(lease,)).keys == {A: {"web"}}
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_pod_that_ended_uses_nothing(phase: str) -> None:
+    lease = Lease("web", "/models", A, 0)
+    assert used_by(pod("web", phase=phase, **CACHE), leases=(lease,)) == InUse()
+
+
+def test_a_lease_newer_than_the_listing_counts() -> None:
+    assert used_by(leases=(Lease("new", "/models", A, 101),)).keys == {A: {"new"}}
+    assert used_by(leases=(Lease("old", "/models", A, 99),)).keys == {}
+
+
+def test_a_long_pod_name_is_cut_in_its_host_name() -> None:
+    name = "a-deployment-with-a-name-of-very-considerable-length-5d6f7c8b9a-x2x4z"
+    lease = Lease(name[:63], "/models", A, 0)
+    assert used_by(pod(name, **CACHE), leases=(lease,)) == InUse({A: {name}})
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"env": {"MODEL_LOCAL_PATH": f"/model-cache/{A}/model"}},
+        {"init_env": {"WHATEVER": A}},
+        {"annotations": {"example.com/model": f"key={A}"}},
+    ],
+)
+def test_a_reference_counts(reference: dict[str, Any]) -> None:
+    assert used_by(pod("web", **reference, **CACHE)) == InUse({A: {"web"}})
+
+
+def test_an_alias_counts() -> None:
+    alias = darwin_cache.make_alias("shop", "models:/m/1")
+    names = {A: A, alias: A}
+    chart = pod("chart", env={"MODEL_LOCAL_PATH": f"/model-cache/{alias}/model"}, **CACHE)
+    ours = pod("ours", init_env={"DEPLOYMENT_NAME": "shop", "MODEL_URI": "models:/m/1"}, **CACHE)
+    assert used_by(chart, ours, names=names) == InUse({A: {"chart", "ours"}})
+
+
+def test_a_checksum_is_no_reference() -> None:
+    web = pod("web", annotations={"checksum/config": C}, **CACHE)
+    assert used_by(web) == InUse(unmatched={"web"})
+
+
+def test_who_mounts_the_cache_is_known_from_this_pod() -> None:
+    own = pod("cleanup-1", **CACHE)
+    elsewhere = pod("elsewhere", claim="models", mount_path="/somewhere/else")
+    database = pod("database", claim="data", mount_path="/model-cache")
+    assert used_by(own, elsewhere, database) == InUse(unmatched={"elsewhere"})
+
+
+def test_without_this_pod_the_mount_path_tells() -> None:
+    assert used_by(pod("web", **CACHE), pod("database", claim="data", mount_path="/data")) == InUse(unmatched={"web"})
+
+
+def test_a_subdirectory_of_a_mount_is_mounted_too() -> None:
+    own = pod("cleanup-1", claim="models", mount_path="/")
+    assert used_by(own, pod("web", claim="models", mount_path="/")).unmatched == {"web"}
+
+
+def test_dead_leases() -> None:
+    leases = [
+        Lease(name, "/models", A, written) for name, written in [("gone", 0), ("ended", 0), ("web", 0), ("new", 200)]
+    ]
+    pods = [pod("web"), pod("ended", phase="Succeeded")]
+    assert [lease.pod for lease in cleanup.dead_leases(pods, leases, 100)] == ["gone", "ended"]
+
+
+# The process
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache.prepare(tmp_path / "cache")
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[ApiServer]:
+    with ApiServer(tmp_path / "serviceaccount", namespace="default") as running:
+        yield running
+
+
+def publish(cache: Cache, key: str, days: float = 0, size: int = 1000) -> None:
+    content = b"x" * size
+    staging = cache.stage(key)
+    (staging / "model" / "MLmodel").write_bytes(content)
+    sha = hashlib.sha256(content).hexdigest()
+    cache.publish(staging, key, Manifest(f"models:/{key[0]}/1", {}, [File("MLmodel", size, sha)]))
+    used = time.time() - days * DAY
+    os.utime(cache.root / key / "last_used", (used, used))
+
+
+_MAIN = "import os, pathlib, sys; sys.path.insert(0, sys.argv[1]); import cleanup; "
+_MAIN += "sys.exit(cleanup.main(os.environ, pathlib.Path(sys.argv[2])))"
+
+
+def clean(cache: Path, api: ApiServer | None = None, **environ: object) -> Finished:
+    access = {**api.environ, "GRACE_SECONDS": 0} if api else {"GRACE_SECONDS": 0}
+    directory = api.directory if api else cache / "no-service-account"
+    done = subprocess.run(
+        [sys.executable, "-c", _MAIN, ROOT, directory],
+        env=clean_environ(**{**access, "CACHE_PATH": cache, **environ}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def lease(cache: Cache, name: str, key: str) -> None:
+    """A lease written well before any listing."""
+    before = set((cache.root / ".leases").iterdir())
+    cache.lease(name, "/models", key)
+    [new] = set((cache.root / ".leases").iterdir()) - before
+    os.utime(new, (0, 0))
+
+
+def keys(cache: Cache) -> str:
+    return "".join(sorted(name[0] for name in os.listdir(cache.root) if darwin_cache.is_key(name)))
+
+
+def test_removes_exactly_what_is_expired_and_free(cache: Cache, api: ApiServer) -> None:
+    for key, days in [(A, 30), (B, 30), (C, 1)]:
+        publish(cache, key, days)
+    lease(cache, "web", A)
+    api.pods = [pod("web", phase="Pending", **CACHE)]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "ac"
+    assert not list((cache.root / ".trash").iterdir())
+    assert "in use by web (models:/a/1)" in done.err
+    assert "unused for TTL_DAYS=7 (models:/b/1)" in done.err
+    assert "removed 1 of 3 entries: 1000 B of 2.9 KiB freed" in done.last
+    assert api.requests[0].path == "/api/v1/namespaces/default/pods"
+
+
+def test_a_dry_run_only_tells(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    lease(cache, "gone", B)
+    done = clean(cache.root, api, DRY_RUN="true")
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+    assert len(cache.leases()) == 1
+    assert "DRY_RUN, would remove 1 of 1 entries" in done.last
+    assert clean(cache.root, api).code == 0
+    assert keys(cache) == ""
+    assert cache.leases() == []
+
+
+def test_by_size_the_least_recently_used_goes(cache: Cache, api: ApiServer) -> None:
+    for key, days in [(A, 3), (B, 1), (C, 2)]:
+        publish(cache, key, days, size=100_000)
+    done = clean(cache.root, api, MAX_SIZE_GB=150_000 / GIB)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+
+
+def test_being_in_use_is_being_used(cache: Cache, api: ApiServer) -> None:
+    publish(cache, A, 30)
+    lease(cache, "web", A)
+    api.pods = [pod("web")]
+    assert clean(cache.root, api).code == 0
+    [found], _ = cache.entries()
+    assert found.idle < DAY, "or it would expire the moment its pod ends"
+
+
+@pytest.mark.parametrize("when", ["planning", "executing"])
+def test_nothing_is_removed_when_pods_can_not_be_listed(when: str, cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    api.faults = [apiserver.ok] * (when == "executing") + [apiserver.forbidden()]
+    done = clean(cache.root, api)
+    assert done.code == 1
+    assert keys(cache) == "b"
+    assert cache.damage(B) == []
+    assert not list((cache.root / ".trash").iterdir())
+    assert "kind: Role" in done.err
+    assert "namespace: default" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_outside_a_cluster_nothing_is_removed(cache: Cache) -> None:
+    publish(cache, B, 30)
+    done = clean(cache.root)
+    assert done.code == 1
+    assert keys(cache) == "b"
+    assert "run this in a pod" in done.last
+
+
+def test_a_namespace_without_pods_is_a_mistake(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    done = clean(cache.root, api, NAMESPACE="defualt")
+    assert done.code == 1
+    assert keys(cache) == "b"
+    assert "NAMESPACE=defualt has no pods" in done.last
+
+
+def test_a_pod_that_comes_late_gets_its_entry_back(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    cache.set_alias(D, B)
+
+    def late(handler: Any) -> None:
+        api.pods = [pod("late", **CACHE)]
+        lease(cache, "late", B)
+        apiserver.ok(handler)
+
+    api.faults = [apiserver.ok, late]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "bd"
+    assert cache.damage(B) == []
+    assert f"restored {B}: in use by late" in done.err
+    assert done.last.endswith("removed 0 of 1 entries, 1 restored: 0 B of 1000 B freed")
+
+
+def test_what_an_earlier_run_left_in_the_trash(cache: Cache, api: ApiServer) -> None:
+    for key in (A, B):
+        publish(cache, key)
+        cache.move_to_trash(key)
+    lease(cache, "web", A)
+    api.pods = [pod("web", **CACHE)]
+    assert clean(cache.root, api).code == 0
+    assert keys(cache) == "a"
+    assert not list((cache.root / ".trash").iterdir())
+
+
+def test_a_trash_younger_than_the_grace_period_is_somebody_else_s(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B)
+    cache.move_to_trash(B)
+    assert clean(cache.root, api, GRACE_SECONDS=3600).code == 0
+    assert len(list((cache.root / ".trash").iterdir())) == 1
+
+
+def test_aliases_and_refs_go_with_their_entry(cache: Cache, api: ApiServer) -> None:
+    publish(cache, A)
+    publish(cache, B, 30)
+    cache.set_alias(C, A)
+    cache.set_alias(D, B)
+    cache.set_ref("http://mlflow", "models:/a/1", A)
+    cache.set_ref("http://mlflow", "models:/b/1", B)
+    assert clean(cache.root, api).code == 0
+    assert cache.aliases() == {C: A}
+    assert cache.ref("http://mlflow", "models:/a/1") is not None
+    assert cache.ref("http://mlflow", "models:/b/1") is None
+
+
+def test_strangers_are_left_alone_and_listed(cache: Cache, api: ApiServer) -> None:
+    (cache.root / "notes").mkdir()
+    (cache.root / B / "model").mkdir(parents=True)
+    done = clean(cache.root, api, TTL_DAYS=0)
+    assert done.code == 0, done.err
+    assert (cache.root / "notes").is_dir()
+    assert (cache.root / B / "model").is_dir()
+    assert "notes is not an entry" in done.err
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    done = clean(tmp_path)
+    assert done.code == 0
+    assert "nothing to do" in done.last
+
+
+def test_not_a_cache(tmp_path: Path, api: ApiServer) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / B).mkdir()
+    (tmp_path / "link").symlink_to("home")
+    for path in (tmp_path / "home", tmp_path / "link", tmp_path / "absent", Path("/")):
+        done = clean(path, api)
+        assert done.code == 2, done.err
+        assert f"CACHE_PATH={path}" in done.last
+    assert (tmp_path / "home" / B).is_dir()
+
+
+def test_all_bad_settings_at_once(tmp_path: Path) -> None:
+    done = clean(tmp_path, TTL_DAYS="week", MAX_SIZE_GB="-1", DRY_RUN="perhaps", GRACE_SECONDS="soon")
+    assert done.code == 2
+    for name in ("TTL_DAYS", "MAX_SIZE_GB", "DRY_RUN", "GRACE_SECONDS"):
+        assert f"bad configuration: {name}=" in done.err

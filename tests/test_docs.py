@@ -1,0 +1,113 @@
+"""What the documents say is what the code does."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.settings import read_by
+
+README = (ROOT / "README.md").read_text()
+MODULES = sorted(path for path in ROOT.glob("*.py"))
+
+SECTIONS = {"main": "Main container", "init": "Init container", "cleanup": "Cache CronJob", "every": "Every role"}
+
+
+def section(title: str) -> str:
+    [found] = re.findall(rf"^### {title}\n(.*?)(?=^##)", README, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def table(title: str) -> dict[str, tuple[str, str]]:
+    """Name -> (meaning, default) of a settings table."""
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| ?(.*?) \|$", section(title), re.MULTILINE)
+    return {name: (meaning, default) for name, meaning, default in rows}
+
+
+@pytest.mark.parametrize("role", SECTIONS)
+def test_every_setting_is_in_its_table(role: str) -> None:
+    assert set(table(SECTIONS[role])) == set(read_by(role))
+
+
+@pytest.mark.parametrize("role", SECTIONS)
+def test_defaults_are_as_documented(role: str) -> None:
+    documented = table(SECTIONS[role])
+    for name, default in read_by(role).items():
+        said = documented[name][1]
+        if default is not None and said.startswith("`"):
+            assert said == f"`{default}`", name
+    assert [name for name, (_, said) in documented.items() if said.startswith("`")], "some defaults were compared"
+
+
+@pytest.mark.parametrize("role", ["main", "init", "cleanup"])
+def test_a_role_s_docstring_names_its_settings(role: str) -> None:
+    file = {"main": "darwin_serve.py", "init": "download.py", "cleanup": "cleanup.py"}[role]
+    docstring = ast.get_docstring(ast.parse((ROOT / file).read_text())) or ""
+    own = {name for name in read_by(role) if not name.startswith("MLFLOW_HTTP")}
+    assert [name for name in sorted(own | set(read_by("every"))) if not re.search(rf"\b{name}\b", docstring)] == []
+
+
+def _strings() -> str:
+    """Every string in the code, those of f-strings piece by piece."""
+    found = [
+        node.value
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return re.sub(r"%[-\d.]*[a-z]", "", "\n".join(found))
+
+
+def _log_lines() -> list[str]:
+    [troubles] = re.findall(r"^## When something goes wrong\n(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)
+    return [line for block in re.findall(r"```text\n(.*?)```", troubles, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", _log_lines())
+def test_a_log_line_in_the_readme_is_one_of_the_code(line: str) -> None:
+    code = _strings()
+    pieces = [piece for part in re.split("…|401|403|404|MLmodel|CACHEDIR.TAG", line) if len(piece := part.strip(" ,;:()")) > 3]
+    assert pieces
+    for piece in pieces:
+        assert piece in code, piece
+
+
+def test_links_lead_somewhere() -> None:
+    for path in ROOT.glob("*.md"):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+            assert (ROOT / link).exists(), f"{path.name}: {link}"
+
+
+def test_every_module_has_its_place_in_the_house() -> None:
+    told = re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    assert sorted(told) == [path.name for path in MODULES]
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for path in MODULES:
+        assert ast.get_docstring(ast.parse(path.read_text())), path.name
+
+
+def test_each_runtime_dependency_is_argued_for() -> None:
+    block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert block
+    names = re.findall(r'"([\w-]+)', block[1])
+    assert len(names) > 5
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [name for name in names if f"`{name}`" not in contributing] == []
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in ROOT.glob("*.md"):
+        asked = set(re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(), re.MULTILINE))
+        assert asked <= targets, f"{path.name}: {asked - targets}"
+
+
+def test_make_says_what_can_be_made() -> None:
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^make (\w+)", said, re.MULTILINE) == ["help", "setup", "run", "test", "lint", "lock", "clean"]

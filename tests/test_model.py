@@ -1,0 +1,225 @@
+"""Finding and loading models, and what is said when that fails; predictions against MLflow's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+import darwin_mlflow
+import darwin_model
+from darwin_log import RoleError
+from darwin_model import PredictionFailed, Refused
+from tests.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # load() sets these for good; another test may want MLflow's defaults.
+    for name, value in (darwin_mlflow.DEFAULTS | darwin_model.SERVING).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def iris(tmp_path: Path) -> Path:
+    """A copy of a model, to be damaged."""
+    return Path(shutil.copytree(model_path("iris"), tmp_path / "iris"))
+
+
+def edit(directory: Path, change: Callable[[Any], Any]) -> None:
+    file = directory / "MLmodel"
+    description = yaml.safe_load(file.read_text())
+    change(description)
+    file.write_text(yaml.safe_dump(description))
+
+
+def test_where_a_model_is_found(tmp_path: Path, iris: Path) -> None:
+    inside = tmp_path / "output"
+    inside.mkdir()
+    (inside / "model").symlink_to(iris)
+    assert darwin_model.find_model(iris) == iris
+    assert darwin_model.find_model(inside) == inside / "model"
+    assert darwin_model.find_model(iris / "model") == iris
+    (iris / "model").symlink_to(".")
+    assert darwin_model.find_model(iris / "model") == iris / "model"
+    assert darwin_model.find_model(iris) == iris
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "says"),
+    [
+        (lambda _: None, "absent", "does not exist"),
+        (lambda _: None, "", "is empty"),
+        (lambda at: (at / "other").touch(), "", "holds no MLflow model"),
+        (lambda _: None, "absent/model", "absent/MLmodel"),
+        (lambda at: (at / "MLmodel").symlink_to("/cache/k/model/MLmodel"), "", "link to /cache/k/model/MLmodel"),
+        (lambda at: (at / "model").symlink_to("/cache/k/model"), "model", "not mounted at the same path"),
+        (lambda at: (at / "model").symlink_to("/cache/k/model"), "", "not mounted at the same path"),
+    ],
+)
+def test_no_model(tmp_path: Path, make: Callable[[Path], None], path: str, says: str) -> None:
+    make(tmp_path)
+    with pytest.raises(RoleError, match=says) as caught:
+        darwin_model.find_model(tmp_path / path)
+    assert str(tmp_path / path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"artifact_path: model\nflav", b"\xff\xfe\x00", b"{", b"flavors: [a]", b"- a\n", b"a: 'b"]
+)
+def test_a_damaged_description_is_named(iris: Path, content: bytes) -> None:
+    (iris / "MLmodel").write_bytes(content)
+    with pytest.raises(RoleError, match=str(iris / "MLmodel")) as caught:
+        darwin_model.load(iris)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_python_function_says_what_it_has(iris: Path) -> None:
+    edit(iris, lambda description: description["flavors"].pop("python_function"))
+    with pytest.raises(RoleError, match="no python_function flavor \\(it has: sklearn\\)"):
+        darwin_model.load(iris)
+
+
+@pytest.mark.parametrize("size", [0, 10, -100])
+@pytest.mark.parametrize("kind", ["iris", "typed"])
+def test_a_truncated_model_is_named(tmp_path: Path, kind: str, size: int) -> None:
+    directory = Path(shutil.copytree(model_path(kind), tmp_path / kind))
+    file = directory / ("model.skops" if kind == "iris" else "python_model.pkl")
+    content = file.read_bytes()
+    file.write_bytes(content[:size])
+    with pytest.raises(RoleError) as caught:
+        darwin_model.load(directory)
+    assert str(file) in str(caught.value)
+    assert ("is empty" if size == 0 else f"{len(content[:size])} bytes") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_data_file_is_named(iris: Path) -> None:
+    (iris / "model.skops").unlink()
+    with pytest.raises(RoleError, match=f"{iris / 'model.skops'} is missing"):
+        darwin_model.load(iris)
+
+
+def test_a_missing_library_is_named_with_the_version_asked_for(iris: Path) -> None:
+    edit(iris, lambda description: description["flavors"]["python_function"].update(loader_module="nosuchflavor.x"))
+    with (iris / "requirements.txt").open("a") as file:
+        file.write("\n# a comment\n--index-url=https://example.com\nNoSuchFlavor[gpu]==3.2.1 ; python_version > '3'\n")
+    with pytest.raises(RoleError, match="library nosuchflavor, which is not installed") as caught:
+        darwin_model.load(iris)
+    assert "NoSuchFlavor[gpu]==3.2.1" in str(caught.value)
+
+
+def test_a_missing_library_nobody_listed(iris: Path) -> None:
+    edit(iris, lambda description: description["flavors"]["python_function"].update(loader_module="nosuchflavor"))
+    with pytest.raises(RoleError, match=r"nosuchflavor, which is not installed .*does not list it"):
+        darwin_model.load(iris)
+
+
+def test_the_library_that_reads_the_model_file_is_missing(iris: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "skops"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    (iris / "requirements.txt").write_text("skops==0.13.0\n")
+    with pytest.raises(RoleError, match=r"skops, which is not installed \(the model asks for skops==0\.13\.0\)"):
+        darwin_model.load(iris)
+
+
+def test_other_versions_are_logged_in_one_line(iris: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (iris / "requirements.txt").write_text("scikit-learn==0.1\nnumpy\nmlflow==1.2\nabsent-package==4\n")
+    edit(iris, lambda description: description["flavors"]["python_function"].update(python_version="3.7.1"))
+    with caplog.at_level(logging.WARNING):
+        darwin_model.load(iris)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the model was made with other versions: scikit-learn==0.1 (")
+    for part in ("mlflow==1.2 (", "absent-package==4 (not installed)", "Python 3.7.1 (this is "):
+        assert part in line
+    assert "numpy" not in line
+
+
+def test_other_versions_are_told_again_when_loading_fails(iris: Path) -> None:
+    (iris / "requirements.txt").write_text("scikit-learn==0.1\n")
+    (iris / "model.skops").write_bytes(b"junk")
+    with pytest.raises(RoleError, match=r"made with other versions: scikit-learn==0\.1"):
+        darwin_model.load(iris)
+
+
+def test_no_warning_when_the_versions_agree(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = darwin_model.load(model_path("iris"))
+    assert caplog.records == []
+    assert model.flavors == ("sklearn",)
+    assert model.example is not None
+
+
+def test_predictions_are_pyfuncs() -> None:
+    model = darwin_model.load(model_path("iris"))
+    features, _ = iris_table()
+    rows = model.plan.split(list(features.columns), features.to_numpy().tolist())
+    expected = load_pyfunc(model_path("iris")).predict(features)
+    np.testing.assert_array_equal(model.predict(rows), expected)
+
+
+@pytest.mark.parametrize(("kind", "row"), [("typed", TYPED_ROW), ("nested", NESTED_ROW)])
+def test_enforcement_by_mlflow_changes_nothing(kind: str, row: dict[str, Any]) -> None:
+    """What we hand to pyfunc has the dtypes that its signature asks for already."""
+    model = darwin_model.load(model_path(kind))
+    frame = model.plan.records([row, row]).for_model()
+    seen = model.predict(model.plan.records([row, row]))
+    if kind == "typed":
+        assert seen == [f"{name}:{frame[name].dtype}:{frame[name].tolist()!r}" for name in frame.columns]
+        assert [part.split(":")[1] for part in seen] == [
+            *("bool", "int32", "int64", "float32", "float64"),
+            str(pd.Series(["text"]).dtype),
+            *("object", "datetime64[ns]"),
+        ]
+    else:
+        assert "numbers:object:[[1.5, 2.0], [1.5, 2.0]]" in seen
+
+
+def test_params_reach_the_model_and_defaults_apply() -> None:
+    model = darwin_model.load(model_path("params"))
+    rows = model.plan.records([{"a": 1, "b": 2}])
+    given = model.params.parse({"factor": 3, "weights": [1], "since": "2025-01-01"})
+    (answer,) = model.predict(rows, given)
+    expected = load_pyfunc(model_path("params")).predict(
+        pd.DataFrame({"a": [1.0], "b": [2.0]}), params={"factor": 3, "weights": [1.0], "since": "2025-01-01"}
+    )
+    assert answer == expected[0]
+    assert (answer["factor"], answer["count"], answer["mode"]) == ("3.0", "3", "'fast'")
+
+
+def test_who_is_to_blame() -> None:
+    checked, unchecked = (darwin_model.load(model_path(kind)) for kind in ("answers", "untyped_answers"))
+    with pytest.raises(PredictionFailed, match="RuntimeError: the model is out of sorts"):
+        checked.predict(checked.plan.records([{"form": "raise"}]))
+    with pytest.raises(PredictionFailed, match="KeyError"):
+        checked.predict(checked.plan.records([{"form": "no such form"}]))
+    with pytest.raises(Refused, match="KeyError"):
+        unchecked.predict(unchecked.plan.records([{"form": "no such form"}]))
+    with pytest.raises(Refused):
+        checked.predict(checked.plan.records([{"form": None}]))
+
+
+def test_type_hints_are_mlflows_to_check() -> None:
+    model = darwin_model.load(model_path("hinted"))
+    assert model.predict(model.plan.instances([{"a": 1, "b": 2}])) == [3]
+    assert model.predict(model.plan.features({"a": 1})) == [1]
+    with pytest.raises(Refused) as caught:
+        model.predict(model.plan.instances([{"a": "x"}]))
+    assert caught.value.by_schema
+
+
+def test_a_model_cannot_change_what_was_in_the_environment(iris: Path) -> None:
+    before = dict(os.environ)
+    darwin_model.load(iris)
+    assert dict(os.environ) == before

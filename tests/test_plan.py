@@ -1,0 +1,483 @@
+"""Cells and plans: what a request may hold, cell by cell, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from darwin_cells import MAX_PROBLEMS, InputError, ParamsError
+from darwin_plan import ParamPlan, Rows, plan_of
+
+
+def one(kind: Any, *, required: bool = True) -> Any:
+    spec = {"type": kind} if isinstance(kind, str) else kind
+    return plan_of([{**spec, "name": "c", "required": required}])
+
+
+def column(kind: Any, *values: Any, required: bool = True) -> Any:
+    """The array that a column of `values` becomes."""
+    rows: Rows = one(kind, required=required).records([{"c": value} for value in values])
+    return rows.value["c"]
+
+
+ARRAY = {"type": "array", "items": {"type": "double"}}
+OBJECT = {
+    "type": "object",
+    "properties": {"id": {"type": "long", "required": True}, "note": {"type": "string", "required": False}},
+}
+MAP = {"type": "map", "values": {"type": "integer"}}
+
+ACCEPTED = [
+    ("boolean", [True, False], np.array([True, False])),
+    ("integer", [1, -(2**31), 2.0], np.array([1, -(2**31), 2], dtype=np.int32)),
+    ("long", [2**63 - 1, -(2**63)], np.array([2**63 - 1, -(2**63)])),
+    ("long", [3, 4.0], np.array([3, 4])),
+    ("float", [1, 0.1, None], np.array([1, 0.1, math.nan], dtype=np.float32)),
+    ("float", [3.4028234663852886e38], np.array([np.finfo(np.float32).max])),
+    ("double", [1, 0.1, None, 1e308], np.array([1, 0.1, math.nan, 1e308])),
+    ("double", [2**53, 2**60, 1.8446744073709552e19], np.array([2**53, 2**60, 2**64], dtype=np.float64)),
+    ("string", ["a", "", None], np.array(["a", "", None], dtype=object)),
+    ("binary", ["AP8=", "AP\n8=\n", ""], np.array([b"\x00\xff", b"\x00\xff", b""], dtype=object)),
+    ("datetime", ["2024-02-29"], np.array(["2024-02-29"], dtype="datetime64[ns]")),
+    ("datetime", ["2024-02-29T01:02"], np.array(["2024-02-29T01:02"], dtype="datetime64[ns]")),
+    ("datetime", ["2024-02-29 01:02:03.5"], np.array(["2024-02-29T01:02:03.5"], dtype="datetime64[ns]")),
+    ("datetime", ["2024-02-29T01:02:03.123456789Z"], np.array(["2024-02-29T01:02:03.123456789"], "datetime64[ns]")),
+    ("datetime", ["2024-02-29T01:02:03+05:30"], np.array(["2024-02-28T19:32:03"], dtype="datetime64[ns]")),
+    ("datetime", ["2024-02-29T01:02:03-0030"], np.array(["2024-02-29T01:32:03"], dtype="datetime64[ns]")),
+    ("datetime", ["1677-09-21T00:12:43.145224193"], np.array([-(2**63) + 1]).view("datetime64[ns]")),
+    ("datetime", ["2262-04-11T23:47:16.854775807"], np.array([2**63 - 1]).view("datetime64[ns]")),
+    ("datetime", ["1969-12-31T23:59:59.9", None], np.array(["1969-12-31T23:59:59.9", "NaT"], dtype="datetime64[ns]")),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "expected"), ACCEPTED)
+def test_accepted(kind: str, values: list[Any], expected: Any) -> None:
+    array = column(kind, *values)
+    assert array.dtype == expected.dtype
+    assert array.dtype != object or kind in ("string", "binary")
+    np.testing.assert_array_equal(array, expected.astype(array.dtype))
+
+
+REFUSED = [
+    ("boolean", [0, 1, "true", 1.0, None, [], {}]),
+    ("integer", [2**31, -(2**31) - 1, 1.9, True, "1", None, 1e300]),
+    ("long", [2**63, 1.9, True, "1", None, 9.3e18, -9.3e18, [], {}]),
+    ("float", [3.5e38, -1e300, True, "1.0", []]),
+    ("double", [2**53 + 1, 2**63 + 1, True, "1.0", {}]),
+    ("string", [1, 1.5, True, [], {}]),
+    ("binary", ["AP8", "ä", "A===", 1, None]),
+    (
+        "datetime",
+        [
+            *("2024-02-30", "2024-1-1", "20240101", "2024-01-01T25:00", "2024-01-01T00:00:00.1234567890", "now", ""),
+            *("2024-01-01T00:00:00+24:00", "2024-01-01T00:00+01:60", "2024-01-01Z", " 2024-01-01", "2024-01-01\n"),
+            *(
+                "٢٠٢٤-01-01",
+                "1677-09-21T00:12:43.145224192",
+                "2262-04-11T23:47:16.854775808",
+                "9999-12-31",
+                0,
+                1.5,
+                True,
+            ),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), [(kind, value) for kind, values in REFUSED for value in values])
+def test_refused(kind: str, value: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        column(kind, value)
+    (problem,) = caught.value.problems
+    assert (problem.row, problem.field, problem.error_type, problem.expected) == (0, "c", "type_mismatch", kind)
+    assert kind in problem.message
+
+
+def test_every_bad_cell_is_reported_and_only_those() -> None:
+    plan = plan_of([{"type": "long", "name": "a"}, {"type": "string", "name": "b"}])
+    with pytest.raises(InputError) as caught:
+        plan.records([{"a": 1.9, "b": "x"}, {"a": 2}, {"a": True, "b": 3}])
+    assert [(p.row, p.field, p.error_type, p.actual) for p in caught.value.problems] == [
+        (0, "a", "type_mismatch", "number"),
+        (2, "a", "type_mismatch", "boolean"),
+        (1, "b", "missing", None),
+        (2, "b", "type_mismatch", "integer"),
+    ]
+
+
+def test_the_report_is_bounded_but_counts_all() -> None:
+    with pytest.raises(InputError, match="and 150 more") as caught:
+        column("long", *["x"] * (MAX_PROBLEMS + 150))
+    assert (len(caught.value.problems), caught.value.total) == (MAX_PROBLEMS, MAX_PROBLEMS + 150)
+
+
+def test_a_message_never_repeats_a_long_value() -> None:
+    with pytest.raises(InputError) as caught:
+        column("long", "x" * 100_000)
+    assert len(str(caught.value)) < 200
+
+
+OPTIONAL = [
+    ("boolean", [True, None], [True, None]),
+    ("float", [1.5, None], [1.5, math.nan]),
+    ("double", [None, None], [math.nan, math.nan]),
+    ("string", [None, "x"], [None, "x"]),
+    ("binary", [None, "AA=="], [None, b"\x00"]),
+    (ARRAY, [None, [1]], [None, [1.0]]),
+    (OBJECT, [None], [None]),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "expected"), OPTIONAL)
+def test_null_in_an_optional_column(kind: Any, values: list[Any], expected: list[Any]) -> None:
+    np.testing.assert_equal(column(kind, *values, required=False).tolist(), expected)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "integer", "long"])
+def test_an_optional_column_of_nulls_only_is_an_absent_one_where_the_type_has_no_null(kind: str) -> None:
+    rows = one(kind, required=False).records([{"c": None}, {}])
+    assert (rows.value, rows.count) == ({}, 2)
+    assert len(rows.for_model()) == 2
+
+
+def test_an_optional_column_that_no_row_has_is_absent() -> None:
+    plan = plan_of([{"type": "double", "name": "a"}, {"type": "double", "name": "b", "required": False}])
+    assert list(plan.records([{"a": 1}, {"a": 2}]).value) == ["a"]
+    np.testing.assert_equal(plan.records([{"a": 1}, {"a": 2, "b": 3}]).value["b"], [math.nan, 3.0])
+
+
+@pytest.mark.parametrize("kind", ["integer", "long"])
+def test_integers_have_no_null_beside_values(kind: str) -> None:
+    with pytest.raises(InputError, match=r"row 1, 'c': expected \w+, got null"):
+        column(kind, 1, None, required=False)
+
+
+NESTED = [
+    (ARRAY, [1, 2.5, None], [1.0, 2.5, math.nan]),
+    ({"type": "sparkml_vector"}, [1, 2], [1.0, 2.0]),
+    ({"type": "array", "items": ARRAY}, [[1], [2, 3], []], [[1.0], [2.0, 3.0], []]),
+    (OBJECT, {"id": 2.0}, {"id": 2}),
+    (OBJECT, {"id": 1, "note": None}, {"id": 1, "note": None}),
+    ({"type": "any"}, {"x": [None, 1]}, {"x": [None, 1]}),
+    ({"type": "array", "items": {"type": "any"}}, [None, "x"], [None, "x"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "expected"), NESTED)
+def test_nested(kind: Any, value: Any, expected: Any) -> None:
+    np.testing.assert_equal(column(kind, value, value)[1], expected)
+
+
+def test_nested_numbers_keep_their_width() -> None:
+    assert column({"type": "array", "items": {"type": "float"}}, [1, 2.5])[0].dtype == np.float32
+    assert column(MAP, {"a": 1})[0]["a"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "fields"),
+    [
+        (ARRAY, [1, "x", [2]], ["c[1]", "c[2]"]),
+        (ARRAY, "x", ["c"]),
+        ({"type": "array", "items": {"type": "array", "items": {"type": "long"}}}, [[1], [2, 3.5]], ["c[1][1]"]),
+        ({"type": "array", "items": {"type": "string"}}, ["a", None], ["c[1]"]),
+        (OBJECT, {"note": 3, "other": 1}, ["c.id", "c.note", "c.other"]),
+        (OBJECT, [], ["c"]),
+        (MAP, {"a": 1, "b": 2.5, "c": None}, ["c.b", "c.c"]),
+        (MAP, 3, ["c"]),
+    ],
+)
+def test_nested_refusals_name_the_place(kind: Any, value: Any, fields: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        column(kind, value)
+    assert [problem.field for problem in caught.value.problems] == fields
+
+
+AB: list[dict[str, Any]] = [{"type": "long", "name": "a"}, {"type": "double", "name": "b", "required": False}]
+SAME_ROWS = [
+    ("records", ([{"b": 0.5, "a": 1, "extra": {}}, {"b": 1.5, "a": 2}],)),
+    ("split", (["b", "x", "a"], [[0.5, None, 1], [1.5, "", 2]])),
+    ("split", (None, [[1, 0.5], [2, 1.5]])),
+    ("instances", ([{"a": 1, "b": 0.5}, {"a": 2, "b": 1.5}],)),
+    ("instances", ([[1, 0.5], [2, 1.5]],)),
+    ("instances", ({"a": [1, 2], "b": [0.5, 1.5], "x": ["other length"]},)),
+    ("features", ([{"a": 1, "b": 0.5}, {"a": 2, "b": 1.5}],)),
+    ("csv", ("b,x,a\n0.5,,1\n1.5,,2.0\n",)),
+    ("csv", ('\n"b","x",a\r\n5e-1,"several\nlines",+1\r\n\r\n 1.5 ,,2\r\n',)),
+]
+
+
+@pytest.mark.parametrize(("shape", "arguments"), SAME_ROWS)
+def test_every_shape_makes_the_same_table(shape: str, arguments: tuple[Any, ...]) -> None:
+    table = getattr(plan_of(AB), shape)(*arguments).for_model()
+    pd.testing.assert_frame_equal(table, pd.DataFrame({"a": [1, 2], "b": [0.5, 1.5]}))
+
+
+BAD_SHAPES = [
+    ("records", ([],), "at least one"),
+    ("records", ({"a": 1},), "list"),
+    ("records", ([1, {"a": 1}],), "row 0: expected an object"),
+    ("records", ([{}],), "row 0, 'a': missing"),
+    ("split", (["a"], []), "at least one"),
+    ("split", (["a", "a"], [[1, 2]]), "more than once: a"),
+    ("split", ("a", [[1]]), "list of column names"),
+    ("split", ([["a"]], [[1]]), "list of column names"),
+    ("split", (["a", "b"], [[1, 2], [1], 3]), "row 1: expected 2 values, got array of 1; row 2"),
+    ("split", (["b"], [[1]]), "'a': missing"),
+    ("split", (None, [[1, 2, 3]]), "2 values"),
+    ("instances", ([],), "at least one"),
+    ("instances", ([1, 2],), "row 0: expected a list of 2"),
+    ("instances", ([[1, 2], {"a": 1}],), "row 1: expected a list of 2"),
+    ("instances", ({"a": [1, 2], "b": [1]},), "'b': expected 2 values"),
+    ("instances", ({"a": [], "b": []},), "at least one"),
+    ("instances", ({"a": [1], "b": 2},), "'b': expected a list"),
+    ("instances", ("text",), "list of rows"),
+    ("instances", ({},), "missing"),
+    ("features", (None,), "object"),
+    ("features", ([],), "at least one"),
+    ("features", ([[1, 2]],), "object"),
+    ("csv", ("",), "header"),
+    ("csv", ("a,b\n",), "at least one row"),
+    ("csv", ("a,a\n1,2\n",), "more than once"),
+    ("csv", ("a,b\n1\n",), "row 0: expected 2 values"),
+    ("csv", ('a,b\n"1,2\n',), "CSV"),
+    ("csv", ("a,b\n1.5,2\n",), "row 0, 'a'"),
+    ("csv", ("a,b\n,2\n",), "got null"),
+    ("csv", ("a,b\n1,inf\n",), "row 0, 'b'"),
+    ("csv", ("a,b\n1_0,2\n",), "row 0, 'a'"),
+    ("csv", ("a\n" + "9" * 5000 + "\n",), "row 0, 'a'"),
+    ("csv", ("a\x00,b\n1\x00,2\n",), "'a'"),
+]
+
+
+@pytest.mark.parametrize(("shape", "arguments", "says"), BAD_SHAPES)
+def test_bad_shapes(shape: str, arguments: tuple[Any, ...], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        getattr(plan_of(AB), shape)(*arguments)
+
+
+def test_csv_cells_of_each_type() -> None:
+    specs: list[dict[str, Any]] = [
+        {"type": kind, "name": kind}
+        for kind in ("boolean", "integer", "long", "float", "double", "string", "binary", "datetime")
+    ]
+    text = (
+        "boolean,integer,long,float,double,string,binary,datetime\n"
+        "True,1,-9223372036854775808,0.5,1e3,01,AA==,2024-01-01\n"
+        "false,2,3.0,,nan,,AA==,\n"
+    )
+    table = plan_of(specs).csv(text).for_model()
+    assert [str(dtype) for dtype in table.dtypes][:5] == ["bool", "int32", "int64", "float32", "float64"]
+    assert table["string"][0] == "01"
+    assert table["long"].tolist() == [-(2**63), 3]
+    assert table["datetime"].tolist() == [pd.Timestamp("2024-01-01"), pd.NaT]
+    assert table.isna().sum().sum() == 4
+
+
+def test_csv_cells_hold_json_for_nested_types() -> None:
+    assert one(ARRAY).csv('c,d\n"[1, 2.5]",\n').value["c"].tolist() == [[1.0, 2.5]]
+    with pytest.raises(InputError, match="row 0, 'c': expected array of double, got string"):
+        one(ARRAY).csv("c\n[1\n")
+
+
+def test_models_with_type_hints_take_lists_not_tables() -> None:
+    plan = plan_of([{"type": "string"}], from_type_hint=True)
+    assert plan.instances(["a", "b"]).value == ["a", "b"]
+    assert plan.features("a").value == ["a"]
+    tables: list[tuple[str, tuple[Any, ...]]] = [
+        *(("records", ([{"a": 1}],)), ("split", (["a"], [[1]])), ("csv", ("a\n1\n",)), ("instances", ([],)))
+    ]
+    for shape, arguments in tables:
+        with pytest.raises(InputError):
+            getattr(plan, shape)(*arguments)
+
+
+def test_unnamed_columns_go_by_position() -> None:
+    plan = plan_of([{"type": "long"}, {"type": "string"}])
+    for rows in (
+        plan.split(None, [[1, "x"]]),
+        plan.split(["p", "q", "r"], [[1, "x", None]]),
+        plan.records([{"p": 1, "q": "x"}]),
+        plan.records([{"1": "x", "0": 1}]),
+        plan.instances([[1, "x"]]),
+        plan.features([1, "x"]),
+        plan.features([[1, "x"]]),
+        plan.csv("p,q\n1,x\n"),
+    ):
+        assert {name: values.tolist() for name, values in rows.value.items()} == {0: [1], 1: ["x"]}
+    with pytest.raises(InputError, match="missing"):
+        plan.records([{"p": 1}])
+
+
+def test_columns_named_by_numbers() -> None:
+    plan = plan_of([{"type": "long", "name": 0}, {"type": "double", "name": 1}])
+    assert list(plan.split([1, 0], [[0.5, 3]]).for_model().columns) == [0, 1]
+    assert plan.records([{"1": 0.5, "0": 3}]).value[0].tolist() == [3]
+
+
+def test_one_column_takes_bare_values() -> None:
+    assert one("string").instances(["a", "b"]).value["c"].tolist() == ["a", "b"]
+    assert one("string").instances("a").value["c"].tolist() == ["a"]
+    assert one(ARRAY).instances([1, 2]).value["c"].tolist() == [[1.0, 2.0]]
+    assert one(ARRAY).instances([[1], [2]]).value["c"].tolist() == [[1.0], [2.0]]
+    assert one(ARRAY).instances({"c": [1, 2]}).value["c"].tolist() == [[1.0, 2.0]]
+
+
+def tensor(dtype: str, *shape: int, name: str | None = None) -> dict[str, Any]:
+    spec: dict[str, Any] = {"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}
+    return spec if name is None else {**spec, "name": name}
+
+
+TENSORS = [
+    ("instances", tensor("float64", -1, 2), [[1, 2.5], [3, None]], [[1, 2.5], [3, math.nan]]),
+    ("features", tensor("float64", -1, 2), [1, 2.5], [[1, 2.5]]),
+    ("features", tensor("float64", -1, 2), [[1, 2.5]], [[1, 2.5]]),
+    ("instances", tensor("int8", -1), [1, -128, 2.0], [1, -128, 2]),
+    ("instances", tensor("uint8", -1, -1), [[255], [0]], [[255], [0]]),
+    ("instances", tensor("float32", -1, 2, 1), [[[1], [2]]], [[[1], [2]]]),
+    ("instances", tensor("bool", 2), [True, False], [True, False]),
+    ("instances", tensor("str", -1), ["a", "bc"], ["a", "bc"]),
+    ("instances", tensor("bytes", -1), ["ä"], ["ä".encode()]),
+    ("instances", tensor("object", -1), ["a", 1], ["a", 1]),
+    ("instances", tensor("float64"), 2, 2.0),
+    ("records", tensor("float64", -1, 2), [{"x": 1, "y": 2}, {"x": 3, "y": 4}], [[1, 2], [3, 4]]),
+    ("records", tensor("float64", -1, 1), [{"x": 1}], [[1]]),
+    ("records", tensor("float64", -1, 2, 2), [{"x": [1, 2, 3, 4]}], [[[1, 2], [3, 4]]]),
+    ("csv", tensor("int64", -1, 2), "x,y\n1,2\n3,4\n", [[1, 2], [3, 4]]),
+    ("csv", tensor("float32", -1), "x\n1\n\n2.5\n", [1, 2.5]),
+]
+
+
+@pytest.mark.parametrize(("shape", "spec", "value", "expected"), TENSORS)
+def test_tensors(shape: str, spec: dict[str, Any], value: Any, expected: Any) -> None:
+    array = getattr(plan_of([spec]), shape)(value).value
+    assert array.dtype.kind == np.dtype(spec["tensor-spec"]["dtype"]).kind
+    assert array.dtype.itemsize == np.dtype(spec["tensor-spec"]["dtype"]).itemsize or array.dtype.kind in "SU"
+    np.testing.assert_equal(array.tolist(), expected)
+
+
+BAD_TENSORS = [
+    (tensor("int64", -1, 2), [[1, 1.9]], r"row 0, '\[1\]': expected int64, got number 1.9"),
+    (tensor("int64", -1, 2), [[1, 2], [3]], "lengths along axis 1: 1, 2"),
+    (tensor("int64", -1, 2), [[1, 2, 3]], "axis 1: 3"),
+    (tensor("int64", -1, 2), [1, 2], "not a list at depth 2"),
+    (tensor("int64", -1, 2), [[[1], [2]]], "got array"),
+    (tensor("int64", -1, 2), [], "no rows"),
+    (tensor("int64", 2, 2), [[1, 2]], "axis 0: 1"),
+    (tensor("uint8", -1), [256, -1], "outside 0 to 255.*outside 0 to 255"),
+    (tensor("float32", -1), [1e39], "outside"),
+    (tensor("float32", -1), [True, "x", {}], "boolean.*string.*object"),
+    (tensor("str", -1), [1], "expected string"),
+    (tensor("bool", -1), [None], "got null"),
+    (tensor("float64", -1, 2, name="x"), [[1, 2, 3]], "'x'"),
+    (tensor("float64", -1, 2, name="x"), {"y": [[1, 2]]}, "'x': missing"),
+    (tensor("float64", -1, 2, name="x"), "text", "'x'"),
+]
+
+
+@pytest.mark.parametrize(("spec", "value", "says"), BAD_TENSORS)
+def test_bad_tensors(spec: dict[str, Any], value: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        plan_of([spec]).instances(value)
+
+
+def test_named_tensors_in_every_shape() -> None:
+    plan = plan_of([tensor("float32", -1, 2, 2, name="image"), tensor("int64", -1, 1, name="n")])
+    image, n = [[1, 2], [3, 4]], [7]
+    for rows in (
+        plan.instances([{"image": image, "n": n}]),
+        plan.instances({"image": [image], "n": [n], "extra": 1}),
+        plan.features({"image": image, "n": n}),
+        plan.features({"image": [image], "n": [n]}),
+        plan.features([{"image": image, "n": n}]),
+        plan.records([{"image": [1, 2, 3, 4], "n": 7}]),
+        plan.split(["n", "image"], [[7, image]]),
+    ):
+        assert rows.count == 1
+        assert rows.value["image"].tolist() == [image]
+        assert rows.value["n"].tolist() == [n]
+
+
+def test_without_a_signature_there_is_nothing_to_check() -> None:
+    plan = plan_of(None)
+    assert plan.records([{"a": 1}]).for_model().to_dict("list") == {"a": [1]}
+    assert plan.split(["a", "b"], [[1, "x"]]).for_model().to_dict("list") == {"a": [1], "b": ["x"]}
+    assert plan.instances([[1, 2]]).value.tolist() == [[1, 2]]
+    assert plan.instances({"a": [1, 2]}).value["a"].tolist() == [1, 2]
+    assert plan.instances([{"a": 1}, {"a": 2}]).value["a"].tolist() == [1, 2]
+    assert plan.csv("a,b\n1,x\n").for_model().to_dict("list") == {"a": [1], "b": ["x"]}
+    assert plan.features({"a": 1}).for_model().to_dict("list") == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ("records", ([],)),
+        ("records", ("x",)),
+        ("split", (["a"], [[1, 2]])),
+        ("split", ("a", [[1]])),
+        ("instances", ([[1], [2, 3]],)),
+        ("instances", ([],)),
+        ("instances", ({},)),
+        ("csv", ("",)),
+        ("csv", ("a\n",)),
+        ("features", ([],)),
+    ],
+)
+def test_without_a_signature_some_input_is_still_none(shape: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(InputError):
+        getattr(plan_of(None), shape)(*arguments)
+
+
+DECLARED: list[dict[str, Any]] = [
+    {"name": "factor", "type": "double", "default": 1.0, "shape": None},
+    {"name": "count", "type": "long", "default": 1, "shape": None},
+    {"name": "since", "type": "datetime", "default": "2024-01-01", "shape": None},
+    {"name": "list", "type": "integer", "default": [1], "shape": [-1]},
+    {"name": "object", "default": {"a": 1}, "shape": None, "type": "object", "properties": {"a": {"type": "long"}}},
+]
+
+
+def test_params() -> None:
+    plan = ParamPlan(DECLARED)
+    given = {"factor": 2, "count": 3.0, "since": "2024-01-31T12:00:00Z", "list": [1, 2], "object": {"a": 1}, "x": 1}
+    parsed = plan.parse(given)
+    assert parsed == {
+        "factor": 2.0,
+        "count": 3,
+        "since": pd.Timestamp("2024-01-31T12:00:00").to_pydatetime(),
+        "list": [1, 2],
+        "object": {"a": 1},
+    }
+    assert [type(parsed[name]) for name in ("factor", "count")] == [float, int]
+    assert plan.parse(None) == plan.parse({}) == ParamPlan(None).parse(["anything"]) == {}
+
+
+def test_every_bad_param_is_reported() -> None:
+    given = {"factor": "x", "count": 1.5, "since": 3, "list": [1, "y"], "object": {"a": True}}
+    with pytest.raises(ParamsError) as caught:
+        ParamPlan(DECLARED).parse(given)
+    assert [problem.field for problem in caught.value.problems] == [
+        *("params.factor", "params.count", "params.since", "params.list[1]", "params.object.a")
+    ]
+    with pytest.raises(ParamsError, match="object"):
+        ParamPlan(DECLARED).parse([1])
+    with pytest.raises(ParamsError, match="list"):
+        ParamPlan(DECLARED).parse({"list": 1})
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("boolean", "integer", "long", "float", "double", "string", "binary", "datetime"),
+        *(ARRAY, OBJECT, MAP, {"type": "any"}, {"type": "sparkml_vector"}),
+    ],
+)
+def test_made_up_samples_are_accepted(kind: Any, required: bool) -> None:
+    plan = one(kind, required=required)
+    assert plan.features(plan.sample(None)).count == 1

@@ -1,0 +1,221 @@
+"""Wire formats: bodies to requests, answers and failures to bodies."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import darwin_protocols as protocols
+from darwin_cells import InputError, ParamsError
+from darwin_model import PredictionFailed, Refused
+from darwin_plan import ParamPlan, plan_of
+from darwin_protocols import Malformed, NotReady, TooSlow, Unsupported, Unwritable
+
+PLAN = plan_of([{"type": "long", "name": "a"}])
+PARAMS = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
+
+
+def predict(body: bytes) -> protocols.Request:
+    return protocols.read_predict(body, PLAN, PARAMS)
+
+
+def invoke(body: bytes, content_type: str | None = "application/json") -> protocols.Request:
+    return protocols.read_invocations(body, content_type, PLAN, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"dataframe_records": [{"a": 1}], "params": {"p": 2}, "other": 1}',
+        b'{"dataframe_split": {"columns": ["a"], "data": [[1]], "index": [7]}, "params": {"p": 2}}',
+        b'{"instances": [1], "params": {"p": 2}}',
+        b'{"inputs": {"a": [1]}, "params": {"p": 2}}',
+    ],
+)
+def test_invocations_json(body: bytes) -> None:
+    request = invoke(body)
+    assert request.rows.value["a"].tolist() == [1]
+    assert request.params == {"p": 2.0}
+
+
+def test_predict() -> None:
+    assert predict(b'{"features": {"a": 1}}').rows.value["a"].tolist() == [1]
+    assert predict(b'{"features": [{"a": 1}, {"a": 2}]}').rows.count == 2
+    assert predict(b'{"features": {"a": 1}, "params": {"p": 3}}').params == {"p": 3.0}
+    assert predict(b'{"features": {"a": 1}, "feature_group": null}').rows.count == 1
+
+
+@pytest.mark.parametrize("content_type", [None, "", "application/json", "Application/JSON; charset=UTF-8"])
+def test_json_content_types(content_type: str | None) -> None:
+    assert invoke(b'{"instances": [1]}', content_type).rows.count == 1
+
+
+@pytest.mark.parametrize("content_type", ["text/csv", 'text/csv;charset="utf-8"', "text/csv ; Charset=utf-8 ;"])
+def test_csv_content_types(content_type: str) -> None:
+    assert invoke(b"\xef\xbb\xbfa\n1\n", content_type).rows.value["a"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "application/xml", "text/csv; charset=latin-1", "application/json; version=2", "nonsense", ";"],
+)
+def test_other_content_types(content_type: str) -> None:
+    with pytest.raises(Unsupported):
+        invoke(b"", content_type)
+
+
+# In both protocols, whatever the model.
+NOT_JSON = [
+    *(b"", b" ", b"{", b"nonsense", b"\xff\xfe", b'{"a": NaN}', b'{"a": 1e400}', b'{"a": "\\ud800"}', b'{"a": 1,}'),
+    *(b"[" * 1_000_000, b'{"a":' * 1_000_000, b"1" * 5000, b"[]", b"null", b'"text"', b"{} {}", b"\x00"),
+]
+
+
+@pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:20]))
+def test_bodies_that_are_no_json_object(body: bytes) -> None:
+    with pytest.raises(Malformed) as caught:
+        predict(body)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(Malformed):
+        invoke(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b'{"features": {"a": 1}, "feature_group": "g", "ofs_keys": [1]}',
+        b'{"feature_group": "g"}',
+        b'{"ofs_keys": [1]}',
+        b'{"features": {"a": 1}, "feature_group": "g"}',
+        b'{"feature_group": "g", "ofs_keys": [1]}',
+    ],
+)
+def test_features_or_keys_but_not_both(body: bytes) -> None:
+    with pytest.raises(Malformed):
+        predict(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b'{"data": []}',
+        b'{"instances": [1], "inputs": [1]}',
+        b'{"dataframe_split": []}',
+        b'{"dataframe_split": {"columns": ["a"]}}',
+        b'{"dataframe_split": {"data": [[1]], "rows": 1}}',
+        b'{"dataframe_split": {"columns": ["a"], "data": [[1]], "index": [1, 2]}}',
+        b'{"dataframe_split": {"columns": ["a"], "data": [[1]], "index": 3}}',
+    ],
+)
+def test_exactly_one_well_formed_shape(body: bytes) -> None:
+    with pytest.raises(Malformed):
+        invoke(body)
+
+
+def test_csv_must_be_utf8() -> None:
+    with pytest.raises(Malformed, match="UTF-8"):
+        invoke(b"a\n\xe4\n", "text/csv")
+
+
+@pytest.mark.parametrize(
+    ("output", "predictions", "scores"),
+    [
+        (np.array([1, 2]), [1, 2], [1, 2]),
+        (np.array([[0.1, math.nan], [math.inf, 1.0]]), [[0.1, None], [None, 1.0]], [[0.1, None], [None, 1.0]]),
+        (np.array([0.1], dtype=np.float32), [0.10000000149011612], [0.10000000149011612]),
+        (pd.Series([1.5, math.nan], name="y"), [{"y": 1.5}, {"y": None}], [1.5, None]),
+        (pd.Series([True]), [{"0": True}], [True]),
+        (pd.Series([1, None], dtype="Int64"), [{"0": 1}, {"0": None}], [1, None]),
+        (pd.DataFrame({"a": [1], 2: ["x"]}), [{"a": 1, "2": "x"}], [{"a": 1, "2": "x"}]),
+        (pd.Categorical(["u", "v"]), ["u", "v"], ["u", "v"]),
+        (pd.DataFrame({"t": pd.to_datetime(["2024-01-31T12:00"])}), *[[{"t": "2024-01-31T12:00:00"}]] * 2),
+        (np.array(["2024-01-31", "NaT"], dtype="datetime64[D]"), *[["2024-01-31", None]] * 2),
+        (np.array([90, "NaT"], dtype="timedelta64[s]"), *[["P0DT0H1M30S", None]] * 2),
+        ([pd.Timestamp("2024-01-31", tz="UTC"), pd.NaT, pd.NA], *[["2024-01-31T00:00:00+00:00", None, None]] * 2),
+        ([b"\x00\xff", bytearray(b"a")], *[["AP8=", "YQ=="]] * 2),
+        ([{"n": np.int64(3), "f": np.float32(0.5), "b": np.True_}], *[[{"n": 3, "f": 0.5, "b": True}]] * 2),
+        (("a", None), ["a", None], ["a", None]),
+        (2**70, 2**70, [2**70]),
+        ([2**70, math.nan, np.float64("inf"), {"x": (1,)}], *[[2**70, None, None, {"x": [1]}]] * 2),
+        ("\ud800", "\ud800", ["\ud800"]),
+        (np.float64(2.5), 2.5, [2.5]),
+        (np.array(2.5), 2.5, [2.5]),
+        ("text", "text", ["text"]),
+        ({"a": np.array([1])}, {"a": [1]}, [{"a": [1]}]),
+        (None, None, [None]),
+        ([], [], []),
+    ],
+)
+def test_answers(output: Any, predictions: Any, scores: Any) -> None:
+    assert json.loads(protocols.write_predictions(output)) == {"predictions": predictions}
+    assert json.loads(protocols.write_scores(output)) == {"scores": scores}
+
+
+@pytest.mark.parametrize("output", [object(), [object()], {"a": 1j}, {"deep": {1, 2}}])
+def test_answers_without_a_json_form(output: Any) -> None:
+    with pytest.raises(Unwritable):
+        protocols.write_predictions(output)
+    with pytest.raises(Unwritable):
+        protocols.write_scores(output)
+
+
+def input_error(error: type[InputError] = InputError, **row: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
+        PLAN.records([row])
+    return error(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "darwin_status"),
+    [
+        (input_error(a="x"), 400, "BAD_REQUEST", 422),
+        (input_error(), 400, "INVALID_PARAMETER_VALUE", 422),
+        (input_error(ParamsError, a="x"), 400, "INVALID_PARAMETER_VALUE", 422),
+        (Malformed("no JSON"), 400, "BAD_REQUEST", 422),
+        (Refused("no"), 400, "BAD_REQUEST", 400),
+        (Refused("no", by_schema=True), 400, "INVALID_PARAMETER_VALUE", 400),
+        (NotReady("loading"), 503, "TEMPORARILY_UNAVAILABLE", 503),
+        (TooSlow("60 s"), 504, "DEADLINE_EXCEEDED", 504),
+        (PredictionFailed("ValueError: oh"), 500, "INTERNAL_ERROR", 500),
+        (Unwritable("set"), 500, "INTERNAL_ERROR", 500),
+        (RuntimeError("/secret/path"), 500, "INTERNAL_ERROR", 500),
+    ],
+)
+def test_failures(error: Exception, status: int, code: str, darwin_status: int) -> None:
+    reply = protocols.mlflow_failure(error)
+    body = json.loads(reply.body)
+    assert (reply.status, body["error_code"], body.keys()) == (status, code, {"error_code", "message"})
+    reply = protocols.darwin_failure(error, PLAN.inputs)
+    assert (reply.status, list(json.loads(reply.body))) == (darwin_status, ["detail"])
+    assert b"secret" not in reply.body
+
+
+def test_darwin_mismatch_in_full() -> None:
+    reply = protocols.darwin_failure(input_error(a="x"), PLAN.inputs)
+    assert json.loads(reply.body)["detail"] == {
+        "message": "Input does not match the model's signature",
+        "errors": [
+            {
+                "field": "a",
+                "row": 0,
+                "error_type": "type_mismatch",
+                "message": "row 0, 'a': expected long, got string 'x'",
+                "expected_type": "long",
+                "actual_type": "string",
+            }
+        ],
+        "error_count": 1,
+        "expected_schema": [{"name": "a", "required": True, "type": "long"}],
+        "hint": "GET /schema shows the names and types, and a request that works",
+    }
+
+
+def test_unsupported_media_types_are_answered_in_plain_text() -> None:
+    assert protocols.mlflow_failure(Unsupported("no")) == protocols.Reply(415, b"no", "text/plain")
