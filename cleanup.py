@@ -262,8 +262,7 @@ def tidy(cache: Cache, look: Look, used: InUse) -> None:
         darwin_cache.remove_tree(path)
 
 
-def run(service_account: Path, environ: Mapping[str, str], redact: Redactor) -> None:
-    read = Reader(environ)
+def run(service_account: Path, read: Reader, redact: Redactor) -> None:
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
     try:
@@ -274,7 +273,7 @@ def run(service_account: Path, environ: Mapping[str, str], redact: Redactor) -> 
         logger.info("%s is empty, nothing to do", settings.cache)
         return
     try:
-        _clean(cache, settings, service_account, environ)
+        _clean(cache, settings, service_account, read.environ)
     except OSError as error:
         raise RoleError(f"{settings.cache}: {error}; is the volume mounted read-only, or full?") from error
 

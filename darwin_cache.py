@@ -114,6 +114,14 @@ class Entry:
     model_uri: str
 
 
+def manifest_of(model: Path) -> Manifest | None:
+    """The manifest of the entry whose model is in the directory `model`; None where that is no entry of a cache."""
+    try:
+        return Manifest.parse((model.parent / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def make_key(identity: Mapping[str, str], listing: Sequence[tuple[str, int | None]]) -> str:
     """The key of a model: 64 hex digits over its resolved identity and its files' (path, size)."""
     content = json.dumps([sorted(identity.items()), sorted(listing, key=lambda file: file[0])], separators=(",", ":"))

@@ -92,20 +92,19 @@ class _JsonFormatter(_Formatter):
         return json.dumps(line, default=str)
 
 
-def set_up(environ: Mapping[str, str]) -> Redactor:
+def set_up(read: Reader) -> Redactor:
     """Send all logging to stderr as LOG_LEVEL, LOG_FORMAT, ENV and SERVICE_NAME say; return the redactor in use.
 
-    Raises `ConfigError` when one of them is unreadable; logging then works with the defaults. Libraries log at INFO
-    at most: their DEBUG lines hold whole requests.
+    Where one of them is unreadable, that is one of `read.problems`, and its default is used. Libraries log at INFO at
+    most: their DEBUG lines hold whole requests.
     """
-    read = Reader(environ)
     level = read.choice("LOG_LEVEL", "info", ("debug", "info", "warning", "error", "critical"))
     # Any environment but a developer's is read by machines.
     local = read.text("ENV", "local").lower() in ("local", "dev", "development")
     style = read.choice("LOG_FORMAT", "text" if local else "json", ("text", "json"))
     service = read.text("SERVICE_NAME")
 
-    redact = Redactor(environ)
+    redact = Redactor(read.environ)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(redact, service) if style == "json" else _Formatter(redact))
     root = logging.getLogger()
@@ -113,7 +112,6 @@ def set_up(environ: Mapping[str, str]) -> Redactor:
     root.setLevel(max(logging.getLevelName(level.upper()), logging.INFO))
     logger.setLevel(level.upper())
     logging.captureWarnings(True)
-    read.finish()
     return redact
 
 
@@ -123,15 +121,18 @@ def log_settings(seen: Mapping[str, object], redact: Redactor) -> None:
     logger.info("settings: %s", redact(" ".join(f"{name}={value}" for name, value in shown.items())))
 
 
-Body = Callable[[Mapping[str, str], Redactor], None]
+Body = Callable[[Reader, Redactor], None]
 
 
 def run_role(body: Body, environ: Mapping[str, str]) -> int:
-    """Run one role's `body` and return its exit code; the last error also goes to the pod's termination message."""
-    redact = Redactor(environ)
+    """Run one role and return its exit code; the last error also goes to the pod's termination message.
+
+    `body` reads its settings from the `Reader` it is given, which may hold problems already, and calls its `finish`.
+    """
+    read = Reader(environ)
+    redact = set_up(read)
     try:
-        redact = set_up(environ)
-        body(environ, redact)
+        body(read, redact)
     except ConfigError as error:
         for problem in error.problems:
             logger.error("bad configuration: %s", problem)

@@ -104,6 +104,7 @@ def _short(error: BaseException) -> str:
 def find_model(path: Path) -> Path:
     """Where `MLmodel` is: `path`, its `model`, or the parent of a `path` that ends in `model` and isn't there.
 
+    Where that is a link into a cache, the directory it leads to: MLflow opens no link that leads out of a model's own.
     Raises `RoleError` saying where it looked, and if a link leads nowhere, which.
     """
     places = [path, path / "model"]
@@ -112,7 +113,7 @@ def find_model(path: Path) -> Path:
         places = [path, path.parent]
     for place in places:
         if (place / MODEL_FILE).is_file():
-            return place
+            return (place / MODEL_FILE).resolve().parent
     links = [
         link for place in places for link in (place, place / MODEL_FILE) if link.is_symlink() and not link.exists()
     ]

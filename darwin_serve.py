@@ -46,7 +46,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+import darwin_cache
 import darwin_model
+import darwin_output
 import darwin_protocols as protocols
 from darwin_cells import InputError
 from darwin_env import Reader
@@ -78,9 +80,8 @@ class Settings:
     request_timeout: float
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> tuple[Settings, Mapping[str, object]]:
-        """The settings, and by variable what to log of them. Raises `ConfigError` naming every problem."""
-        read = Reader(environ)
+    def from_env(cls, read: Reader) -> Settings:
+        """Raises `darwin_env.ConfigError` naming every bad variable."""
         path, uri = read.text("MODEL_LOCAL_PATH"), read.text("MLFLOW_MODEL_URI")
         if not path and not uri:
             read.problem("MODEL_LOCAL_PATH", "is not set, and MLFLOW_MODEL_URI neither", example="/models")
@@ -97,7 +98,7 @@ class Settings:
             request_timeout=read.number("REQUEST_TIMEOUT_SECONDS", timeout, least=0.001),
         )
         read.finish()
-        return settings, read.seen
+        return settings
 
 
 def _model_config(read: Reader) -> dict[str, Any]:
@@ -307,6 +308,14 @@ def self_test(model: Model) -> str:
     return "it answered its own input example"
 
 
+def check_whole(directory: Path) -> None:
+    """Raise `RoleError` naming each file that is not as it was downloaded, where `download.py` left word of that."""
+    record = darwin_output.read(directory)
+    manifest = record.manifest if record else darwin_cache.manifest_of(directory)
+    if manifest and (damage := manifest.damage(directory)):
+        raise RoleError(f"the model is damaged: {'; '.join(damage)}. Run download.py again, which replaces it")
+
+
 def load(settings: Settings, directory: Path) -> Model:
     """Find, load and test the model; one that has only a URI is downloaded to `directory`. Raises `RoleError`."""
     path = settings.model_path
@@ -316,6 +325,7 @@ def load(settings: Settings, directory: Path) -> Model:
         darwin_fetch.fetch_model(settings.model_uri, directory)
         path = directory
     found = darwin_model.find_model(path)
+    check_whole(found)
     logger.info("loading the model in %s", found)
     model = darwin_model.load(found, settings.model_config)
     outcome = self_test(model)
@@ -348,10 +358,10 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(environ: Mapping[str, str], redact: Redactor) -> None:
+def serve(read: Reader, redact: Redactor) -> None:
     """Serve until a signal comes. Raises `RoleError` if the model, or the port, can't be had."""
-    settings, seen = Settings.from_env(environ)
-    log_settings(seen, redact)
+    settings = Settings.from_env(read)
+    log_settings(read.seen, redact)
     # Its INFO lines say again what ours say.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with contextlib.ExitStack() as stack:
@@ -400,9 +410,9 @@ def _temporary_directory(settings: Settings) -> Iterator[str]:
         yield directory
 
 
-def main(environ: Mapping[str, str]) -> int:
+def main(environ: Mapping[str, str] = os.environ) -> int:
     return run_role(serve, environ)
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ))
+    sys.exit(main())

@@ -184,8 +184,7 @@ def _named(source: Source) -> str:
     return f"{source.uri} ({human(source.bytes)} in {len(source.files)} files{resolved})"
 
 
-def run(environ: Mapping[str, str], redact: Redactor) -> None:
-    read = Reader(environ)
+def run(read: Reader, redact: Redactor) -> None:
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
     repeats = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -56,14 +57,14 @@ class Finished:
         return self.err.rstrip().rpartition("\n")[2]
 
 
-def run_role(script: str, deadline: float = 120, **settings: object) -> Finished:
+def run_role(script: str, /, **settings: object) -> Finished:
     """Run `python <script>` to its end, as a container would."""
     done = subprocess.run(
         [sys.executable, ROOT / script],
         env=clean_environ(**settings),
         capture_output=True,
         text=True,
-        timeout=deadline,
+        timeout=120,
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -94,7 +95,7 @@ class Tracking:
     lines: list[str] = field(default_factory=list)
 
     @property
-    def environ(self) -> dict[str, str]:
+    def environ(self) -> dict[str, Any]:
         return {
             "MLFLOW_TRACKING_URI": self.uri,
             "MLFLOW_TRACKING_USERNAME": self.username,

@@ -80,7 +80,7 @@ def test_every_decision_says_why() -> None:
 
 # Who uses what
 
-CACHE = {"claim": "models", "mount_path": "/model-cache"}
+CACHE: dict[str, Any] = {"claim": "models", "mount_path": "/model-cache"}
 
 
 def used_by(

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,9 @@ def through_proxy(mlflow_server: Tracking) -> Iterator[Proxy]:
         yield running
 
 
-def download(tmp_path: Path, uri: str, tracking: Tracking | None = None, **settings: object) -> Finished:
+def download(tmp_path: Path, uri: str, tracking: Tracking | None = None, /, **settings: object) -> Finished:
     defaults = {"MODEL_URI": uri, "OUTPUT_PATH": tmp_path / "models", "CACHE_PATH": tmp_path / "cache"}
-    access = tracking.environ if tracking else {}
+    access: dict[str, Any] = tracking.environ if tracking else {}
     return run_role("download.py", **{**defaults, "BACKOFF_SECONDS": "0.01", **access, **settings})
 
 
@@ -502,7 +503,7 @@ def test_no_secret_at_debug(
 @pytest.mark.parametrize("seed", range(12))
 def test_kill_leaves_nothing_partial(seed: int, local_model: Path, tmp_path: Path) -> None:
     """SIGKILL right after a step shows on disk, or a random moment later; then the next run must succeed."""
-    marks = [
+    marks: list[Callable[[], bool]] = [
         lambda: (tmp_path / "cache" / darwin_cache.TAG_NAME).exists(),
         lambda: any((tmp_path / "cache" / ".leases").glob("*.json")),
         lambda: any((tmp_path / "cache" / ".staging").glob("*/model/*")),

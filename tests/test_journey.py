@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_from_the_registry_to_an_answer_and_away(
     versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
 ) -> None:
     cache, old, new = tmp_path / "cache", tmp_path / "pod-1", tmp_path / "pod-2"
-    pvc = {"MODEL_URI": URI, "STORAGE_STRATEGY": "pvc", "CACHE_PATH": cache, **mlflow_server.environ}
+    pvc: dict[str, Any] = {"MODEL_URI": URI, "STORAGE_STRATEGY": "pvc", "CACHE_PATH": cache, **mlflow_server.environ}
 
     promote(mlflow_server, versions[0])
     assert run_role("download.py", POD_NAME="pod-1", OUTPUT_PATH=old, **pvc).code == 0
@@ -95,7 +96,7 @@ def test_straight_from_a_registry_that_says_no(versions: list[Logged], mlflow_se
 def test_darwin_s_chart_finds_it(form: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
     """The places where the chart looks: `<dir>/model` for emptydir, `<cache>/<alias>/model` for pvc."""
     alias = darwin_cache.make_alias("shop", f"models:/{NAME}/1")
-    strategy = {"STORAGE_STRATEGY": "pvc" if "{" in form else "emptydir", "DEPLOYMENT_NAME": "shop"}
+    strategy: dict[str, Any] = {"STORAGE_STRATEGY": "pvc" if "{" in form else "emptydir", "DEPLOYMENT_NAME": "shop"}
     done = run_role(
         "download.py",
         MODEL_URI=f"models:/{NAME}/1",
@@ -113,7 +114,11 @@ def test_darwin_s_chart_finds_it(form: str, versions: list[Logged], mlflow_serve
 def test_a_cache_that_is_not_mounted_is_explained(
     versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
 ) -> None:
-    pvc = {"STORAGE_STRATEGY": "pvc", "CACHE_PATH": tmp_path / "cache", "OUTPUT_PATH": tmp_path / "models"}
+    pvc: dict[str, Any] = {
+        "STORAGE_STRATEGY": "pvc",
+        "CACHE_PATH": tmp_path / "cache",
+        "OUTPUT_PATH": tmp_path / "models",
+    }
     assert run_role("download.py", MODEL_URI=f"models:/{NAME}/1", **pvc, **mlflow_server.environ).code == 0
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     done = run_role("darwin_serve.py", MODEL_LOCAL_PATH=tmp_path / "models", PORT=0, HOST="127.0.0.1")
@@ -126,7 +131,11 @@ def test_a_cache_that_is_not_mounted_is_explained(
 def test_a_file_cut_short_after_the_download_is_named(
     strategy: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
 ) -> None:
-    places = {"CACHE_PATH": tmp_path / "cache", "OUTPUT_PATH": tmp_path / "models", "STORAGE_STRATEGY": strategy}
+    places: dict[str, Any] = {
+        "CACHE_PATH": tmp_path / "cache",
+        "OUTPUT_PATH": tmp_path / "models",
+        "STORAGE_STRATEGY": strategy,
+    }
     assert run_role("download.py", MODEL_URI=f"models:/{NAME}/1", **places, **mlflow_server.environ).code == 0
     # Still something that unpacks up to a point: only the size tells.
     os.truncate(tmp_path / "models" / "model.skops", (tmp_path / "models" / "model.skops").stat().st_size - 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import darwin_log
-from darwin_env import ConfigError
+from darwin_env import ConfigError, Reader
 from darwin_log import Redactor, RoleError, log_settings, run_role, set_up
 
 PASSWORD = "correct horse/battery?"
@@ -64,14 +64,14 @@ def test_ordinary_variables_are_not_masked() -> None:
 
 
 def test_settings_are_one_masked_line(capsys: pytest.CaptureFixture[str]) -> None:
-    redact = set_up(ENVIRON)
+    redact = set_up(Reader(ENVIRON))
     log_settings({"HOST": "::", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "MLFLOW_TRACKING_URI": "http://a:b@h"}, redact)
     line = capsys.readouterr().err.strip()
     assert line.endswith("settings: HOST=:: MLFLOW_TRACKING_PASSWORD=*** MLFLOW_TRACKING_URI=http://***@h")
 
 
 def test_json_lines_where_machines_read(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up({"ENV": "production", "SERVICE_NAME": "iris", **ENVIRON})
+    set_up(Reader({"ENV": "production", "SERVICE_NAME": "iris", **ENVIRON}))
     try:
         raise ValueError(PASSWORD)
     except ValueError:
@@ -93,13 +93,13 @@ def test_json_lines_where_machines_read(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_format(environ: Mapping[str, str], json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    set_up(environ)
+    set_up(Reader(environ))
     logging.getLogger("darwin").info("hello")
     assert capsys.readouterr().err.startswith("{") is json_lines
 
 
 def test_libraries_stay_quiet_at_debug(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up({"LOG_LEVEL": "DEBUG"})
+    set_up(Reader({"LOG_LEVEL": "DEBUG"}))
     logging.getLogger("urllib3").debug("a whole request")
     logging.getLogger("darwin.fetch").debug("ours")
     err = capsys.readouterr().err
@@ -108,7 +108,7 @@ def test_libraries_stay_quiet_at_debug(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def _raise(error: Exception) -> darwin_log.Body:
-    def body(_environ: Mapping[str, str], _redact: Redactor) -> None:
+    def body(_read: Reader, _redact: Redactor) -> None:
         raise error
 
     return body
@@ -144,6 +144,12 @@ def test_no_termination_log_is_made_where_there_is_none(monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_log_level_is_a_bad_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_role(_raise(AssertionError("never reached")), {"LOG_LEVEL": "loud"}) == 2
-    assert "LOG_LEVEL='loud'" in capsys.readouterr().err
+def test_a_bad_log_level_is_told_with_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(read: Reader, _redact: Redactor) -> None:
+        read.integer("PORT", 8000, least=0)
+        read.finish()
+
+    assert run_role(body, {"LOG_LEVEL": "loud", "PORT": "x"}) == 2
+    err = capsys.readouterr().err
+    assert "LOG_LEVEL='loud'" in err
+    assert "PORT='x'" in err

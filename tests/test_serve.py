@@ -23,7 +23,7 @@ import requests
 
 import darwin_mlflow
 import darwin_model
-from darwin_env import ConfigError
+from darwin_env import ConfigError, Reader
 from darwin_serve import Service, Settings, example_rows, make_app, self_test
 from tests.conftest import ROOT, Finished, clean_environ, run_role, wait_until
 from tests.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path, scoring_app
@@ -597,22 +597,21 @@ def test_every_bad_setting_is_told_at_once(config: str) -> None:
 
 
 def test_settings() -> None:
-    settings, seen = Settings.from_env(
-        {"MODEL_LOCAL_PATH": "/m", "MLFLOW_MODEL_URI": "models:/a/1", "ROOT_PATH": "a/b/"}
-    )
+    read = Reader({"MODEL_LOCAL_PATH": "/m", "MLFLOW_MODEL_URI": "models:/a/1", "ROOT_PATH": "a/b/"})
+    settings = Settings.from_env(read)
     assert (settings.model_path, settings.root_path, settings.port) == (Path("/m"), "/a/b", 8000)
     assert (settings.host, settings.request_timeout, settings.model_config) == ("0.0.0.0", 60, {})
-    assert seen["PORT"] == 8000
+    assert read.seen["PORT"] == 8000
     environ = {
         "MLFLOW_MODEL_URI": "m",
         "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "7",
         "SERVING_MODEL_CONFIG": '{"a": 1}',
     }
-    settings, seen = Settings.from_env(environ)
+    settings = Settings.from_env(Reader(environ))
     assert (settings.model_path, settings.request_timeout, settings.model_config) == (None, 7, {"a": 1})
-    assert Settings.from_env({**environ, "REQUEST_TIMEOUT_SECONDS": "0.5"})[0].request_timeout == 0.5
+    assert Settings.from_env(Reader({**environ, "REQUEST_TIMEOUT_SECONDS": "0.5"})).request_timeout == 0.5
     with pytest.raises(ConfigError, match="MLFLOW_MODEL_URI"):
-        Settings.from_env({"MODEL_LOCAL_PATH": " "})
+        Settings.from_env(Reader({"MODEL_LOCAL_PATH": " "}))
 
 
 def test_no_model_is_an_error_even_if_there_is_a_uri(tmp_path: Path) -> None:
