@@ -13,6 +13,7 @@ is not a cache.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -29,8 +30,7 @@ import darwin_cache
 import k8s_client
 from darwin_cache import KEY, Cache, Entry, Lease, NotACache
 from darwin_env import ConfigError, Reader
-from darwin_fetch import human
-from darwin_log import Redactor, RoleError, log_settings, run_role
+from darwin_log import Redactor, RoleError, human, log_settings, run_role
 
 DAY = 86400.0
 GIB = 1024**3
@@ -38,7 +38,7 @@ GIB = 1024**3
 # How coarse the times of files may be: a lease this much older than a listing may still be younger than it.
 CLOCK_GRAIN_SECONDS = 2.0
 
-# A download in which nothing happened for this long is dead: every attempt of a live one writes files.
+# A download in which nothing happened for this long is dead, or else it is refused when it tries to publish.
 ABANDONED_SECONDS = DAY
 
 ROLE_TO_ADD = """apiVersion: rbac.authorization.k8s.io/v1
@@ -50,7 +50,6 @@ rules:
     verbs: [list]"""
 
 Pod = Mapping[str, Any]
-Volume = tuple[str, ...]
 
 logger = logging.getLogger("darwin.cleanup")
 
@@ -164,8 +163,8 @@ def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Deci
 def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, look: Look) -> Counter[str]:
     """Carry out a plan; returns what was done: removed, restored, freed (bytes)."""
     done: Counter[str] = Counter()
-    # Entries that an earlier run left in the trash are judged together with this run's.
-    waiting = [(path, key) for path, key, age in cache.trash() if age >= settings.grace_seconds]
+    # What a run that was killed left in the trash is judged together with this run's.
+    waiting = cache.trash()
     doomed = [decision.entry.key for decision in decisions if decision.remove]
     waiting += [(trash, key) for key in doomed if (trash := cache.move_to_trash(key))]
     if not waiting:
@@ -204,7 +203,7 @@ def _restore(
             done["restored"] += 1
             logger.info("restored %s: %s", key, reason)
         else:
-            still.append((path, key))  # a new download has the name; ours is a copy
+            still.append((path, key))  # damaged, or a copy of what was downloaded anew
     return still
 
 
@@ -267,13 +266,12 @@ def run(service_account: Path, read: Reader, redact: Redactor) -> None:
     log_settings(read.seen, redact)
     try:
         cache = Cache.find(settings.cache)
+        if cache is None:
+            logger.info("%s is empty, nothing to do", settings.cache)
+            return
+        _clean(cache, settings, service_account, read.environ)
     except NotACache as error:
         raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
-    if cache is None:
-        logger.info("%s is empty, nothing to do", settings.cache)
-        return
-    try:
-        _clean(cache, settings, service_account, read.environ)
     except OSError as error:
         raise RoleError(f"{settings.cache}: {error}; is the volume mounted read-only, or full?") from error
 
@@ -306,10 +304,7 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
             return
         tidy(cache, look, used)
         done = execute(decisions, cache, settings, look)
-        trashed = {key for _, key, _ in cache.trash()}  # another cleanup may yet restore these
-        for alias, key in cache.aliases().items():
-            if key not in trashed and not cache.has(key):
-                cache.drop_alias(alias)
+        cache.drop_dangling_aliases(DAY)
     _summary("removed", done["removed"], done["freed"], entries, restored=done["restored"])
 
 
@@ -348,18 +343,21 @@ def _texts(pod: Pod) -> Iterator[str]:
             yield darwin_cache.make_alias(environ["DEPLOYMENT_NAME"], environ["MODEL_URI"])
 
 
-def _volumes(pod: Pod) -> dict[str, Volume]:
-    """What a pod's volumes are, whichever name they have in the pod: those that another pod can mount too."""
-    kinds = {"persistentVolumeClaim": ["claimName"], "nfs": ["server", "path"], "hostPath": ["path"]}
+# Volumes that no other pod can mount, or that hold no files of a pod's.
+_PRIVATE = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "image", "name", "projected", "secret"}
+
+
+def _volumes(pod: Pod) -> dict[str, str]:
+    """A pod's volumes that other pods may mount too: name in the pod -> what it is, the same for all pods."""
     return {
-        volume["name"]: (kind, *(str(volume[kind].get(part)) for part in parts))
+        volume["name"]: json.dumps([kind, {**source, "readOnly": None}], sort_keys=True)
         for volume in pod.get("spec", {}).get("volumes") or ()
-        for kind, parts in kinds.items()
-        if volume.get(kind)
+        for kind, source in volume.items()
+        if kind not in _PRIVATE and isinstance(source, Mapping)
     }
 
 
-def _claims(pods: Sequence[Pod], settings: Settings) -> set[Volume]:
+def _claims(pods: Sequence[Pod], settings: Settings) -> set[str]:
     """The volumes that may hold the cache: what this pod mounts there if it is among `pods`, else what any pod does."""
     own = [pod for pod in pods if _same_pod(settings.pod, _name(pod))]
     return {

@@ -37,7 +37,7 @@ _TAG = f"{TAG_SIGNATURE}\n# MLflow models shared between pods; cleanup.py remove
 KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 _MANIFEST, _MODEL, _LAST_USED = "manifest.json", "model", "last_used"
-_LEASES, _REFS, _STAGING, _TRASH = ".leases", ".refs", ".staging", ".trash"
+_INNER = _LEASES, _REFS, _STAGING, _TRASH = ".leases", ".refs", ".staging", ".trash"
 
 
 class NotACache(Exception):
@@ -75,18 +75,22 @@ class Manifest:
             data = json.loads(text)
             if data["format"] != 1:
                 raise ValueError(f"manifest format {data['format']!r} is not known here")
-            return cls(data["model_uri"], data["resolved"], [File(**file) for file in data["files"]])
+            files = [File(str(file["path"]), int(file["size"]), str(file["sha256"])) for file in data["files"]]
+            return cls(str(data["model_uri"]), dict(data["resolved"]), files)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
 
     def damage(self, model: Path) -> list[str]:
-        """What differs, by name and size, between this manifest and the files below `model`; empty when whole."""
+        """What differs, by name and size, between this manifest and the files below `model`; empty when whole.
+
+        Raises `OSError` when that can't be told: a file one may not look at is not a file that is missing.
+        """
         found = []
         for file in self.files:
             path = model / file.path
             try:
                 size = path.stat().st_size
-            except OSError as error:
+            except (FileNotFoundError, NotADirectoryError) as error:
                 found.append(f"{path}: {error.strerror}")
                 continue
             if size != file.size:
@@ -145,12 +149,14 @@ class Cache:
 
     @classmethod
     def prepare(cls, root: Path) -> Cache:
-        """Make `root` a cache if it is not one yet. Raises `OSError` when it can't be written."""
+        """Make `root` a cache if it is not one yet. Raises `NotACache`, and `OSError` where it can't be made."""
         cache = cls(root)
-        for directory in (root, *(root / name for name in (_LEASES, _REFS, _STAGING, _TRASH))):
-            directory.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         if not cache._is_tagged():
             write_atomically(root / TAG_NAME, _TAG)
+        for name in _INNER:
+            (root / name).mkdir(exist_ok=True)
+        cache._check_inside()
         return cache
 
     @classmethod
@@ -164,6 +170,7 @@ class Cache:
             raise NotACache("/ is the root of the file system, not a cache")
         cache = cls(root)
         if cache._is_tagged():
+            cache._check_inside()
             return cache
         if set(os.listdir(root)) <= {"lost+found"}:
             return None
@@ -171,6 +178,12 @@ class Cache:
             f"{root} is not empty and has no {TAG_NAME}, so it is not a cache that download.py made; "
             f"nothing in it is touched"
         )
+
+    def _check_inside(self) -> None:
+        for name in _INNER:
+            # What is deleted below these must be the cache's own.
+            if (self.root / name).is_symlink() or not (self.root / name).is_dir():
+                raise NotACache(f"{self.root / name} is not a directory of the cache; remove it by hand")
 
     def _is_tagged(self) -> bool:
         with contextlib.suppress(OSError), (self.root / TAG_NAME).open(encoding="utf-8", errors="replace") as file:
@@ -192,14 +205,12 @@ class Cache:
         return self.root / key / _MODEL
 
     def has(self, key: str) -> bool:
-        return (self.root / key / _MANIFEST).exists()
+        """Whether `key` is taken; `damage` says whether by a whole entry."""
+        return (self.root / key).is_dir()
 
     def damage(self, key: str) -> list[str]:
-        """What is wrong with the entry `key`, by file; empty when it is whole."""
-        try:
-            return self.manifest(key).damage(self.model(key))
-        except (OSError, ValueError) as error:
-            return [f"{self.root / key / _MANIFEST}: {error}"]
+        """What is wrong with the entry `key`, by file; empty when whole. Raises `OSError` when it can't be told."""
+        return _damage(self.root / key)
 
     def manifest(self, key: str) -> Manifest:
         """Raises `OSError` or `ValueError` when it is missing or unreadable."""
@@ -215,7 +226,7 @@ class Cache:
         known, strange = [], []
         for name in sorted(os.listdir(self.root)):
             path = self.root / name
-            if name in (TAG_NAME, "lost+found", _LEASES, _REFS, _STAGING, _TRASH) or path.is_symlink():
+            if name in (TAG_NAME, "lost+found", *_INNER) or path.is_symlink():
                 continue
             try:
                 manifest = self.manifest(name) if is_key(name) else None
@@ -248,22 +259,30 @@ class Cache:
         if damage := manifest.damage(staging / _MODEL):
             raise ValueError(f"not published, {'; '.join(damage)}")
         sync_tree(staging)
-        final = self.root / key
-        try:
-            staging.rename(final)
-        except OSError as error:
-            # On a network file system the reply to a rename that happened can be lost.
-            if not staging.exists() and self.has(key):
-                pass
-            elif error.errno in (errno.ENOTEMPTY, errno.EEXIST) and self.has(key):
-                remove_tree(staging)
-                return False
-            else:
-                raise
+        while True:
+            try:
+                staging.rename(self.root / key)
+            except OSError as error:
+                # On a network file system the reply to a rename that happened can be lost.
+                if staging.exists() or not self.has(key):
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    if not self.damage(key):
+                        remove_tree(staging)
+                        return False
+                    self.discard_damaged(key)
+                    continue
+            break
         sync(self.root)
         return True
 
+    def discard_damaged(self, key: str) -> None:
+        """Take a damaged entry away, to be replaced; one that somebody else has replaced meanwhile stays."""
+        if trash := self.move_to_trash(key):
+            self.restore(trash, key)
+
     def set_alias(self, alias: str, key: str) -> None:
+        """Point `alias` to `key`. Raises `OSError` where the name is taken by something that is no link."""
         _replace_link(self.root / alias, key)
 
     def aliases(self) -> dict[str, str]:
@@ -278,13 +297,17 @@ class Cache:
     def names(self) -> dict[str, str]:
         """Every name by which an entry, published or in the trash, may be asked for -> its key."""
         keys = {name for name in os.listdir(self.root) if is_key(name) and not (self.root / name).is_symlink()}
-        keys |= {key for _, key, _ in self.trash()}
+        keys |= {key for _, key in self.trash()}
         return {key: key for key in keys} | self.aliases()
 
-    def drop_alias(self, alias: str) -> None:
-        path = self.root / alias
-        if path.is_symlink():
-            path.unlink(missing_ok=True)
+    def drop_dangling_aliases(self, age: float) -> None:
+        """Remove links, made more than `age` seconds ago, to entries that are gone: a newer one's may come back."""
+        before = self.now() - age
+        for alias, key in self.aliases().items():
+            path = self.root / alias
+            with contextlib.suppress(FileNotFoundError):
+                if not self.has(key) and path.lstat().st_mtime < before:
+                    path.unlink()
 
     # Leases and refs
 
@@ -297,21 +320,29 @@ class Cache:
         found = []
         for path in sorted((self.root / _LEASES).glob("*.json")):
             try:
-                written = path.stat().st_mtime
-                data = json.loads(path.read_text(encoding="utf-8"))
+                with path.open(encoding="utf-8") as file:
+                    # Of the open file: by its name it may be another lease by now.
+                    written = os.fstat(file.fileno()).st_mtime
+                    data = json.load(file)
             except FileNotFoundError:
                 continue  # its pod moved on between the listing and now
-            if not isinstance(data, dict) or not all(isinstance(data.get(k), str) for k in ("pod", "output", "key")):
+            except ValueError:
+                data = None
+            if not isinstance(data, dict) or not is_key(str(data.get("key"))):
                 raise ValueError(f"{path} is not a lease; remove it once no pod of that name runs")
-            found.append(Lease(data["pod"], data["output"], data["key"], written))
+            found.append(Lease(str(data.get("pod")), str(data.get("output")), data["key"], written))
         return found
 
     def drop_lease(self, lease: Lease) -> None:
-        self._lease(lease.pod, lease.output).unlink(missing_ok=True)
+        """Remove a lease, unless its pod has written it anew."""
+        path = self._lease(lease.pod, lease.output)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime == lease.written:
+                path.unlink()
 
     def _lease(self, pod: str, output: str) -> Path:
         # Both parts can be long or hold a slash; what they say is inside the file.
-        digest = hashlib.sha256(output.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(f"{pod}\n{output}".encode()).hexdigest()[:32]
         return self.root / _LEASES / f"{re.sub('[^A-Za-z0-9.-]', '_', pod)[:128]}.{digest}.json"
 
     def set_ref(self, tracking_uri: str, model_uri: str, key: str) -> None:
@@ -346,22 +377,16 @@ class Cache:
             (self.root / key).rename(trash)
         except FileNotFoundError:
             return None
-        os.utime(trash)
         return trash
 
-    def trash(self) -> list[tuple[Path, str, float]]:
-        """What waits in the trash: path, key, and seconds since it was moved there."""
-        now = self.now()
-        found = []
-        for path in sorted((self.root / _TRASH).iterdir()):
-            key = path.name.partition(".")[0]
-            with contextlib.suppress(FileNotFoundError):
-                if is_key(key) and not path.is_symlink():
-                    found.append((path, key, max(0.0, now - path.stat().st_mtime)))
-        return found
+    def trash(self) -> list[tuple[Path, str]]:
+        """What waits in the trash: paths and their keys."""
+        return [(path, key) for path in sorted((self.root / _TRASH).iterdir()) if (key := _key_of(path))]
 
     def restore(self, trash: Path, key: str) -> bool:
-        """Put an entry back; False when a new download took its place, or another cleanup was first."""
+        """Put an entry back; False when it is not whole, its place is taken, or another cleanup was first."""
+        if _damage(trash):
+            return False
         try:
             trash.rename(self.root / key)
         except OSError as error:
@@ -373,11 +398,25 @@ class Cache:
     def abandoned(self, age: float) -> Iterator[Path]:
         """Staging directories in which nothing happened for `age` seconds."""
         now = self.now()
-        for path in (self.root / _STAGING).iterdir():
+        for path in filter(_key_of, (self.root / _STAGING).iterdir()):
             # Not mtime: a file copied from a local store keeps its source's.
             with contextlib.suppress(FileNotFoundError):
                 if now - max(node.lstat().st_ctime for node in (path, *path.rglob("*"))) > age:
                     yield path
+
+
+def _damage(entry: Path) -> list[str]:
+    try:
+        manifest = Manifest.parse((entry / _MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        return [f"{entry / _MANIFEST}: {error}"]
+    return manifest.damage(entry / _MODEL)
+
+
+def _key_of(path: Path) -> str | None:
+    """The key in the name `<key>.<random>` of a directory of ours; None for anything else."""
+    key = path.name.partition(".")[0]
+    return key if is_key(key) and not path.is_symlink() else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,13 +7,12 @@ MLflow knows works here.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
 import random
-import re
 import shutil
+import ssl
 import sys
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from typing import Any, TypeVar
 import darwin_mlflow
 from darwin_cache import File
 from darwin_env import ConfigError
-from darwin_log import RoleError
+from darwin_log import RoleError, human, mask_uri
 
 T = TypeVar("T")
 
@@ -66,7 +65,7 @@ class Retry:
     def delays(self) -> Iterator[float]:
         """Seconds to wait before each further attempt: doubling, at most 60, less up to a half at random."""
         for attempt in range(self.retries):
-            yield min(MAX_BACKOFF_SECONDS, self.backoff_seconds * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311
+            yield min(MAX_BACKOFF_SECONDS, self.backoff_seconds * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _locate(uri: str) -> tuple[Any, str, dict[str, str]]:
 
     scheme, _, rest = uri.partition(":/")
     if rest.startswith("/"):
-        return get_artifact_repository(uri), "", {"uri": without_userinfo(uri)}
+        return get_artifact_repository(uri), "", {"uri": mask_uri(uri)}
     rest = rest.strip("/")
     if scheme == "models":
         client = MlflowClient()
@@ -189,11 +188,11 @@ def _locate(uri: str) -> tuple[Any, str, dict[str, str]]:
         version = _pinned(client, name, suffix)
         repository = get_artifact_repository(f"models:/{version.name}/{version.version}")
         identity = {
-            "registry": without_userinfo(get_registry_uri()),
+            "registry": mask_uri(get_registry_uri()),
             "name": version.name,
             "version": str(version.version),
             "created": str(version.creation_timestamp),
-            "source": without_userinfo(str(version.source)),
+            "source": mask_uri(str(version.source)),
             "run": version.run_id or "",
         }
         return repository, "", identity
@@ -207,7 +206,7 @@ def _locate(uri: str) -> tuple[Any, str, dict[str, str]]:
             repository, _, identity = _logged_model(model)
             return repository, inner, {**identity, "path": inner}
         return get_artifact_repository(info.artifact_uri), path, {"run": run_id, "path": path}
-    return get_artifact_repository(uri), "", {"uri": without_userinfo(uri)}
+    return get_artifact_repository(uri), "", {"uri": mask_uri(uri)}
 
 
 def _logged_model(model: Any) -> tuple[Any, str, dict[str, str]]:
@@ -287,6 +286,7 @@ class Transfer:
         with _Progress(self.source, self.destination):
             files = persist(self._attempt, retry)
         if "name" in self.source.identity:
+            files = [file for file in files if file.path != REGISTERED_MODEL_META]
             files.append(self._registered_model_meta())
         return files
 
@@ -344,15 +344,6 @@ def digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     return sha.hexdigest()
-
-
-def human(size: float) -> str:
-    """A number of bytes for people: 1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 class _Progress:
@@ -415,21 +406,26 @@ def _explained(uri: str) -> Iterator[None]:
         raise explain(error, uri) from error
 
 
-_DENIED = {
-    401: "the server refused the credentials: check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    403: "the credentials are right but may not read it: give this user READ permission",
+_HINTS = {
+    401: "the credentials were refused: check {credentials}",
+    403: "these credentials may not read it: give their user READ permission",
     404: "it does not exist: check the name, the version, alias or stage, and MLFLOW_TRACKING_URI",
 }
-# How stores without HTTP status codes say the same.
-_CODES = {"NoSuchKey": 404, "NoSuchBucket": 404, "AccessDenied": 403, "InvalidAccessKeyId": 403}
+# What S3 says with its own codes; elsewhere the status tells.
+_STORE_CODES = {"AccessDenied": 403, "NoSuchKey": 404, "NoSuchBucket": 404}
+_STORE_CODES |= dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"), 401)
 
-
-# Failures of this machine, which asking again does not mend.
-_LOCAL = {errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS}
+# The transport failures of the libraries that stores use, by name, so that none has to be imported for this.
+_TRANSPORT = {
+    *("ConnectionError", "TimeoutError", "gaierror", "SSLError"),  # built in
+    *("Timeout", "ChunkedEncodingError", "RetryError"),  # requests
+    *("ProtocolError", "MaxRetryError", "IncompleteRead"),  # urllib3, http.client
+    *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "RetriesExceededError"),  # botocore
+}
 
 
 def explain(error: Exception, uri: str) -> RoleError:
-    """The error to raise for `error`, met while reading `uri`."""
+    """The error to raise for `error`, met while reading `uri`: `Unreachable` only where there was no usable answer."""
     chain = list(_chain(error))
     cause = chain[-1]
     reason = f"{type(cause).__name__}: {cause}"
@@ -437,17 +433,26 @@ def explain(error: Exception, uri: str) -> RoleError:
         return RoleError(
             f"cannot read {uri}: its store needs the Python package {cause.name!r}, which is not installed"
         )
+    if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
+        hint = "the server's certificate is not trusted: check the URI, or set REQUESTS_CA_BUNDLE to its CA"
+        return RoleError(f"cannot read {uri}: {hint} ({reason})")
     status = next((found for one in chain if (found := _status(one)) is not None), None)
     if isinstance(cause, FileNotFoundError):
         status = 404
-    if status in _DENIED:
-        return RoleError(f"cannot read {uri}: HTTP {status}, {_DENIED[status]} ({reason})")
-    if status is not None and 400 <= status < 500 and status not in (408, 429):
-        return RoleError(f"cannot read {uri}: HTTP {status}, check the URI and MLFLOW_TRACKING_URI ({reason})")
-    if any(isinstance(one, OSError) and one.errno in _LOCAL for one in chain):
-        return RoleError(f"cannot read {uri}: {reason}")
-    where = f"the tracking server {os.environ.get('MLFLOW_TRACKING_URI')}" if needs_tracking(uri) else "its store"
-    return Unreachable(f"cannot read {uri}: no usable answer from {where} ({reason})")
+    lost = any(_TRANSPORT & {base.__name__ for base in type(one).__mro__} for one in chain)
+    if status in (408, 429) or (status or 0) >= 500 or (status is None and lost):
+        where = f"the tracking server {os.environ.get('MLFLOW_TRACKING_URI')}" if needs_tracking(uri) else "its store"
+        return Unreachable(f"cannot read {uri}: no usable answer from {where} ({reason})")
+    if status in _HINTS:
+        store = any(isinstance(getattr(one, "response", None), Mapping) for one in chain)
+        credentials = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        if store:
+            credentials = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return RoleError(
+            f"cannot read {uri}: HTTP {status}, {_HINTS[status].format(credentials=credentials)} ({reason})"
+        )
+    told = str(error) if str(cause) in str(error) else f"{error}, because of {reason}"
+    return RoleError(f"cannot read {uri}: {told}; check the URI and MLFLOW_TRACKING_URI")
 
 
 def needs_tracking(uri: str) -> bool:
@@ -466,17 +471,12 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status that an error of requests, MLflow or botocore stands for; None where it stands for none."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):  # botocore
-        code = _CODES.get(str(response.get("Error", {}).get("Code")))
+        code = _STORE_CODES.get(str(response.get("Error", {}).get("Code")))
         return code or response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if (code := getattr(response, "status_code", None)) is not None:
         return int(code)
     if hasattr(error, "get_http_status_code"):
-        # MLflow uses its internal error for everything that has no better code, a refused connection included.
+        # MLflow's code for everything that has no better one, whatever the status was.
         status = int(error.get_http_status_code())
         return None if status == 500 else status
     return None
-
-
-def without_userinfo(uri: str) -> str:
-    """A URI without the user name and password that may be in it."""
-    return re.sub(r"(?<=://)[^/@]+@", "", uri)

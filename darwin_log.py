@@ -22,11 +22,15 @@ TERMINATION_LOG = Path("/dev/termination-log")
 TERMINATION_LIMIT = 4096
 
 _SECRET_NAME = re.compile(
-    r"PASSW(OR)?D|SECRET|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|(^|_)(TOKEN|SAS)(_|$)", re.IGNORECASE
+    r"PASSW(OR)?D|SECRET|CREDENTIAL|CONNECTION_STRING|_PWD$|(API|ACCESS|ACCOUNT|PRIVATE)_?KEY|(^|_)(TOKEN|SAS)(_|$)",
+    re.IGNORECASE,
 )
-_USERINFO = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
+# Up to the last @ of the authority: passwords may hold any other character, quotes included.
+_USERINFO = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _SIGNED_QUERY = re.compile(
-    r"((?:X-Amz-(?:Signature|Credential|Security-Token)|sig|[\w-]*token|[\w-]*password)=)[^&\s'\"]+", re.IGNORECASE
+    r"((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|AccountKey|sig"
+    r"|[\w-]*(?:token|password|secret|api[_-]?key))=)[^&;\s'\"]+",
+    re.IGNORECASE,
 )
 _AUTHORIZATION = re.compile(r"((?:Basic|Bearer)\s+)[A-Za-z0-9+/._~=-]{6,}")
 _MASK = "***"
@@ -38,14 +42,20 @@ class RoleError(Exception):
     """An anticipated failure. The message says what happened, to what, and what to do; retrying the role may help."""
 
 
+def mask_uri(text: str) -> str:
+    """`text` with the credentials and signatures in its URIs masked."""
+    return _SIGNED_QUERY.sub(rf"\1{_MASK}", _USERINFO.sub(_MASK, text))
+
+
 class Redactor:
     """Replaces secrets in text: credentials in URIs, signatures, auth headers, and the values of secret variables."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         values: set[str] = set()
         for name, value in environ.items():
+            value = value.strip()
             # A value of a few characters would blank out half of every line, and protects nothing.
-            if _SECRET_NAME.search(name) and len(value) >= 4 and not value.startswith("/"):
+            if _SECRET_NAME.search(name) and len(value) >= 4 and not name.upper().endswith(("_FILE", "_PATH")):
                 values |= {value, urllib.parse.quote(value, safe=""), base64.b64encode(value.encode()).decode()}
         user, password = environ.get("MLFLOW_TRACKING_USERNAME", ""), environ.get("MLFLOW_TRACKING_PASSWORD", "")
         if password:
@@ -54,8 +64,7 @@ class Redactor:
         self._values = re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
     def __call__(self, text: str) -> str:
-        text = _USERINFO.sub(_MASK, text)
-        text = _SIGNED_QUERY.sub(rf"\1{_MASK}", text)
+        text = mask_uri(text)
         text = _AUTHORIZATION.sub(rf"\1{_MASK}", text)
         return self._values.sub(_MASK, text) if self._values else text
 
@@ -119,6 +128,15 @@ def log_settings(seen: Mapping[str, object], redact: Redactor) -> None:
     """One line with every effective setting, secrets masked."""
     shown = {name: _MASK if value and _SECRET_NAME.search(name) else value for name, value in seen.items()}
     logger.info("settings: %s", redact(" ".join(f"{name}={value}" for name, value in shown.items())))
+
+
+def human(size: float) -> str:
+    """A number of bytes for people: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
 
 
 Body = Callable[[Reader, Redactor], None]

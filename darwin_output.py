@@ -40,7 +40,10 @@ def read(output: Path) -> Record | None:
     """The record of the last run; None when there is none, or none that can be read."""
     try:
         data = json.loads((output / RECORD).read_text(encoding="utf-8"))
-        return Record(data["key"], Manifest.parse(json.dumps(data["manifest"])), list(data["entries"]))
+        entries = [str(name) for name in data["entries"]]
+        if any(name in ("", ".", "..") or "/" in name for name in entries):
+            return None  # what is removed by these names must be directly in the output
+        return Record(data["key"], Manifest.parse(json.dumps(data["manifest"])), entries)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -48,7 +51,12 @@ def read(output: Path) -> Record | None:
 def holds(output: Path, key: str) -> bool:
     """True when the output is a whole copy of the model `key`."""
     record = read(output)
-    return record is not None and record.key == key and not record.manifest.damage(output)
+    return (
+        record is not None
+        and record.key == key
+        and not any((output / name).is_symlink() for name in record.entries)
+        and not record.manifest.damage(output)
+    )
 
 
 def stage(output: Path) -> Path:
@@ -60,7 +68,9 @@ def stage(output: Path) -> Path:
 
 
 def move(staging: Path, output: Path, key: str, manifest: Manifest) -> None:
-    """Put the staged files at the output."""
+    """Put the staged files at the output. Raises `ValueError` when they are not what the manifest says."""
+    if damage := manifest.damage(staging):
+        raise ValueError(f"not placed, {'; '.join(damage)}")
     darwin_cache.sync_tree(staging)
     _place(staging, output, key, manifest, lambda source, target: source.rename(target), model_link=True)
     darwin_cache.remove_tree(staging)

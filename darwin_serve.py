@@ -312,7 +312,11 @@ def check_whole(directory: Path) -> None:
     """Raise `RoleError` naming each file that is not as it was downloaded, where `download.py` left word of that."""
     record = darwin_output.read(directory)
     manifest = record.manifest if record else darwin_cache.manifest_of(directory)
-    if manifest and (damage := manifest.damage(directory)):
+    try:
+        damage = manifest.damage(directory) if manifest else []
+    except OSError as error:
+        raise RoleError(f"the model in {directory} cannot be read: {error}") from error
+    if damage:
         raise RoleError(f"the model is damaged: {'; '.join(damage)}. Run download.py again, which replaces it")
 
 

@@ -22,10 +22,10 @@ import darwin_cache
 import darwin_fetch
 import darwin_mlflow
 import darwin_output
-from darwin_cache import Cache, Manifest
-from darwin_env import Reader
-from darwin_fetch import Retry, Source, Transfer, Unreachable, human
-from darwin_log import Redactor, RoleError, log_settings, run_role
+from darwin_cache import Cache, Manifest, NotACache
+from darwin_env import ConfigError, Reader
+from darwin_fetch import Retry, Source, Transfer, Unreachable
+from darwin_log import Redactor, RoleError, human, log_settings, mask_uri, run_role
 
 logger = logging.getLogger("darwin.download")
 
@@ -91,6 +91,8 @@ def through_cache(settings: Settings) -> None:
     """`pvc`: the model as an entry of the cache, and links to it (or a copy of it) at OUTPUT_PATH."""
     try:
         cache = Cache.prepare(settings.cache)
+    except NotACache as error:
+        raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
     except OSError as error:
         raise RoleError(
             f"cannot write to CACHE_PATH {settings.cache} ({error.strerror}); "
@@ -115,7 +117,7 @@ def _cached(cache: Cache, settings: Settings, source: Source) -> str:
     cache.lease(settings.pod, str(settings.output), key)
     if cache.has(key) and (damage := cache.damage(key)):
         logger.warning("replacing the damaged cache entry %s: %s", key, "; ".join(damage))
-        cache.move_to_trash(key)
+        cache.discard_damaged(key)
     if cache.has(key):
         logger.info("%s is in the cache as %s, 0 bytes transferred", _named(source), key)
     else:
@@ -126,13 +128,13 @@ def _cached(cache: Cache, settings: Settings, source: Source) -> str:
         finally:
             darwin_cache.remove_tree(staging)
         logger.info("%s %s as %s", _named(source), "published" if first else "was published meanwhile", key)
-    cache.set_ref(settings.tracking_uri, settings.model_uri, key)
+    cache.set_ref(mask_uri(settings.tracking_uri), settings.model_uri, key)
     return key
 
 
 def _last_known(cache: Cache, settings: Settings, error: Unreachable) -> str:
     """The key that MODEL_URI last resolved to, if its entry is whole; raises `error` otherwise."""
-    ref = cache.ref(settings.tracking_uri, settings.model_uri)
+    ref = cache.ref(mask_uri(settings.tracking_uri), settings.model_uri)
     if ref is None:
         raise RoleError(f"{error}; and the cache {settings.cache} has never held this URI's model") from error
     key, age = ref
@@ -159,6 +161,9 @@ def _provide(cache: Cache, settings: Settings, key: str) -> None:
             raise
         logger.info("there is no %s here; the model is in the cache only: %s", settings.output, cache.model(key))
         return
+    if settings.link_mode == "copy" and darwin_output.holds(settings.output, key):
+        logger.info("%s already holds a copy of %s", settings.output, cache.model(key))
+        return
     put = darwin_output.copy if settings.link_mode == "copy" else darwin_output.link
     put(cache.model(key).absolute(), settings.output, key, cache.manifest(key))
     logger.info("%s holds the model, as %s of %s", settings.output, settings.link_mode, cache.model(key))
@@ -176,7 +181,7 @@ def _make_output(output: Path) -> None:
 
 def _transfer(source: Source, destination: Path, retry: Retry) -> Manifest:
     files = Transfer(source, destination).run(retry)
-    return Manifest(darwin_fetch.without_userinfo(source.uri), source.identity, files)
+    return Manifest(mask_uri(source.uri), source.identity, files)
 
 
 def _named(source: Source) -> str:
@@ -194,7 +199,12 @@ def run(read: Reader, redact: Redactor) -> None:
         settings.retry.backoff_seconds,
         read.text(repeats, darwin_mlflow.DEFAULTS[repeats]),
     )
-    (through_cache if settings.strategy == "pvc" else to_output)(settings)
+    try:
+        (through_cache if settings.strategy == "pvc" else to_output)(settings)
+    except OSError as error:
+        raise RoleError(
+            f"cannot put {settings.model_uri} on disk: {error}; is a volume full or not writable?"
+        ) from error
 
 
 def main(environ: Mapping[str, str] = os.environ) -> int:

@@ -50,6 +50,51 @@ def test_what_the_manifest_denies_is_not_published(cache: Cache) -> None:
     assert not cache.has(KEY)
 
 
+def test_a_damaged_winner_is_replaced(cache: Cache) -> None:
+    publish(cache, KEY, b"first")
+    os.truncate(cache.model(KEY) / "MLmodel", 2)
+    assert publish(cache, KEY, b"second")
+    assert (cache.model(KEY) / "MLmodel").read_bytes() == b"second"
+    assert cache.damage(KEY) == []
+
+
+def test_a_directory_without_a_manifest_is_a_damaged_entry(cache: Cache) -> None:
+    (cache.root / KEY / "model").mkdir(parents=True)
+    assert cache.has(KEY)
+    assert cache.damage(KEY)
+    assert publish(cache, KEY)
+
+
+def test_what_may_not_be_looked_at_is_not_damaged(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(cache, KEY)
+
+    def denied(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    # Root, who runs the tests in CI, may look at everything.
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(PermissionError):
+        cache.damage(KEY)
+
+
+def test_a_whole_entry_survives_being_thought_damaged(cache: Cache) -> None:
+    publish(cache, KEY)
+    cache.discard_damaged(KEY)
+    assert cache.damage(KEY) == []
+    os.truncate(cache.model(KEY) / "MLmodel", 2)
+    cache.discard_damaged(KEY)
+    assert not cache.has(KEY)
+
+
+def test_nothing_damaged_comes_back(cache: Cache) -> None:
+    publish(cache, KEY)
+    trash = cache.move_to_trash(KEY)
+    assert trash is not None
+    (trash / "model" / "MLmodel").unlink()
+    assert not cache.restore(trash, KEY)
+    assert not cache.has(KEY)
+
+
 @pytest.mark.parametrize("harm", ["truncate", "remove", "manifest"])
 def test_damage_is_named(harm: str, cache: Cache) -> None:
     publish(cache, KEY)
@@ -81,16 +126,27 @@ def test_a_lease_moves_with_its_output(cache: Cache) -> None:
     assert cache.leases() == []
 
 
-def test_an_unreadable_lease_is_not_ignored(cache: Cache) -> None:
-    (cache.root / ".leases" / "pod.0.json").write_text("[]")
+def test_a_lease_written_anew_is_not_dropped(cache: Cache) -> None:
+    cache.lease("pod", "/models", KEY)
+    [old] = cache.leases()
+    cache.lease("pod", "/models", OTHER)
+    os.utime(next((cache.root / ".leases").iterdir()), (9, 9))
+    cache.drop_lease(old)
+    assert [lease.key for lease in cache.leases()] == [OTHER]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"pod": "p", "output": "/m", "key": "../outside"}', '{"pod": "p"}'])
+def test_an_unreadable_lease_is_not_ignored(text: str, cache: Cache) -> None:
+    (cache.root / ".leases" / "pod.0.json").write_text(text)
     with pytest.raises(ValueError, match=r"pod\.0\.json"):
         cache.leases()
 
 
 def test_pods_with_the_same_start_have_leases_of_their_own(cache: Cache) -> None:
     cache.lease("a/b", "/models", KEY)
-    cache.lease("x" * 253, "/models", KEY)
-    assert {lease.pod for lease in cache.leases()} == {"a/b", "x" * 253}
+    cache.lease("x" * 252 + "1", "/models", KEY)
+    cache.lease("x" * 252 + "2", "/models", KEY)
+    assert {lease.pod for lease in cache.leases()} == {"a/b", "x" * 252 + "1", "x" * 252 + "2"}
 
 
 def test_refs(cache: Cache) -> None:
@@ -109,7 +165,7 @@ def test_trash_and_back(cache: Cache) -> None:
     trash = cache.move_to_trash(KEY)
     assert trash is not None
     assert not cache.has(KEY)
-    assert [key for _, key, _ in cache.trash()] == [KEY]
+    assert [key for _, key in cache.trash()] == [KEY]
     assert KEY in cache.names(), "still asked for by that name"
     assert cache.move_to_trash(KEY) is None
     assert cache.restore(trash, KEY)
@@ -135,10 +191,25 @@ def test_aliases(cache: Cache) -> None:
     assert cache.aliases() == {alias: KEY}
     assert (cache.root / alias / "model" / "MLmodel").is_file()
     assert cache.names() == {alias: KEY, KEY: KEY}
-    cache.drop_alias(KEY)
-    assert cache.has(KEY), "only links are aliases"
-    cache.drop_alias(alias)
-    assert cache.aliases() == {}
+
+
+def test_only_old_links_to_nothing_are_dropped(cache: Cache) -> None:
+    publish(cache, KEY)
+    for alias, key in {"c" * 64: KEY, "d" * 64: OTHER}.items():
+        cache.set_alias(alias, key)
+    cache.drop_dangling_aliases(3600)
+    assert len(cache.aliases()) == 2
+    cache.drop_dangling_aliases(-1)
+    assert cache.aliases() == {"c" * 64: KEY}
+    assert cache.has(KEY)
+
+
+def test_an_alias_taken_by_a_directory_stays(cache: Cache) -> None:
+    (cache.root / OTHER).mkdir()
+    with pytest.raises(OSError, match=OTHER):
+        cache.set_alias(OTHER, KEY)
+    assert (cache.root / OTHER).is_dir()
+    assert not list(cache.root.glob(".b*"))
 
 
 def test_a_planted_link_is_neither_entry_nor_alias(cache: Cache, tmp_path: Path) -> None:
@@ -192,6 +263,23 @@ def test_find_refuses(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(NotACache, match=why):
             Cache.find(path)
+
+
+@pytest.mark.parametrize("name", [".staging", ".trash", ".leases", ".refs"])
+def test_a_planted_link_inside_is_refused(name: str, tmp_path: Path) -> None:
+    root, outside = tmp_path / "cache", tmp_path / "outside"
+    Cache.prepare(root)
+    outside.mkdir()
+    (root / name).rmdir()
+    (root / name).symlink_to(outside)
+    for use in (Cache.find, Cache.prepare):
+        with pytest.raises(NotACache, match=name):
+            use(root)
+
+
+def test_a_stranger_in_staging_is_not_abandoned(cache: Cache) -> None:
+    (cache.root / ".staging" / "thesis").mkdir()
+    assert list(cache.abandoned(-1)) == []
 
 
 def test_preparing_twice_changes_nothing(cache: Cache) -> None:

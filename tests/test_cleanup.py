@@ -155,6 +155,29 @@ def test_without_this_pod_the_mount_path_tells() -> None:
     assert used_by(pod("web", **CACHE), pod("database", claim="data", mount_path="/data")) == InUse(unmatched={"web"})
 
 
+@pytest.mark.parametrize(
+    ("source", "shared"),
+    [
+        ({"nfs": {"server": "files", "path": "/models"}}, True),
+        ({"csi": {"driver": "d", "volumeAttributes": {"share": "models"}}}, True),
+        ({"azureFile": {"shareName": "models"}}, True),
+        ({"hostPath": {"path": "/srv/models"}}, True),
+        ({"emptyDir": {}}, False),
+    ],
+)
+def test_any_volume_that_pods_can_share_counts(source: dict[str, Any], shared: bool) -> None:
+    pods = [pod(name, **CACHE) for name in ("cleanup-1", "web")]
+    for each in pods:
+        each["spec"]["volumes"] = [{"name": "cache", **source}]
+    assert used_by(*pods).unmatched == ({"web"} if shared else set())
+
+
+def test_mounting_it_read_only_is_mounting_it() -> None:
+    web = pod("web", **CACHE)
+    web["spec"]["volumes"][0]["persistentVolumeClaim"]["readOnly"] = True
+    assert used_by(pod("cleanup-1", **CACHE), web).unmatched == {"web"}
+
+
 def test_a_subdirectory_of_a_mount_is_mounted_too() -> None:
     own = pod("cleanup-1", claim="models", mount_path="/")
     assert used_by(own, pod("web", claim="models", mount_path="/")).unmatched == {"web"}
@@ -326,11 +349,25 @@ def test_what_an_earlier_run_left_in_the_trash(cache: Cache, api: ApiServer) -> 
     assert not list((cache.root / ".trash").iterdir())
 
 
-def test_a_trash_younger_than_the_grace_period_is_somebody_else_s(cache: Cache, api: ApiServer) -> None:
+def test_a_half_deleted_entry_never_comes_back(cache: Cache, api: ApiServer) -> None:
+    """What a cleanup leaves that was killed while it deleted, and a pod that waits for its download of the same."""
+    publish(cache, A)
+    trash = cache.move_to_trash(A)
+    assert trash is not None
+    (trash / "model" / "MLmodel").unlink()
+    lease(cache, "web", A)
+    api.pods = [pod("web", **CACHE)]
+    assert clean(cache.root, api).code == 0
+    assert keys(cache) == ""
+    assert not list((cache.root / ".trash").iterdir())
+
+    api.faults = [apiserver.ok, apiserver.forbidden()]
     publish(cache, B)
-    cache.move_to_trash(B)
-    assert clean(cache.root, api, GRACE_SECONDS=3600).code == 0
-    assert len(list((cache.root / ".trash").iterdir())) == 1
+    trash = cache.move_to_trash(B)
+    assert trash is not None
+    (trash / "model" / "MLmodel").unlink()
+    assert clean(cache.root, api).code == 1
+    assert keys(cache) == ""
 
 
 def test_aliases_and_refs_go_with_their_entry(cache: Cache, api: ApiServer) -> None:
@@ -340,6 +377,8 @@ def test_aliases_and_refs_go_with_their_entry(cache: Cache, api: ApiServer) -> N
     cache.set_alias(D, B)
     cache.set_ref("http://mlflow", "models:/a/1", A)
     cache.set_ref("http://mlflow", "models:/b/1", B)
+    for alias in (C, D):
+        os.utime(cache.root / alias, (0, 0), follow_symlinks=False)
     assert clean(cache.root, api).code == 0
     assert cache.aliases() == {C: A}
     assert cache.ref("http://mlflow", "models:/a/1") is not None

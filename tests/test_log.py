@@ -44,6 +44,9 @@ def test_values_of_secret_variables_are_masked(text: str) -> None:
     ("text", "masked"),
     [
         ("postgresql://ann:secret@db/mlflow", "postgresql://***@db/mlflow"),
+        ("http://ann:p@ss'w\"rd@h/p, next", "http://***@h/p, next"),
+        ("https://b/k?X-Goog-Signature=0ab1&x=1", "https://b/k?X-Goog-Signature=***&x=1"),
+        ("Endpoint=x;AccountKey=abc==;y", "Endpoint=x;AccountKey=***;y"),
         ("https://b/k?X-Amz-Signature=0ab1&x=1", "https://b/k?X-Amz-Signature=***&x=1"),
         ("https://b/k?sig=0ab1", "https://b/k?sig=***"),
         ("Authorization: Bearer eyJhbGciOi.x.y", "Authorization: Bearer ***"),
@@ -54,13 +57,22 @@ def test_secrets_are_known_by_their_form(text: str, masked: str) -> None:
     assert Redactor({})(text) == masked
 
 
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_CONNECTION_STRING", "DB_PWD", "X_API_KEY", "MLFLOW_TRACKING_TOKEN"]
+)
+def test_secret_variables_are_known_by_name(name: str) -> None:
+    assert Redactor({name: "/va/lue+1\n"})("is /va/lue+1.") == "is ***."
+
+
 def test_ordinary_variables_are_not_masked() -> None:
     environ = {
-        "TOKENIZERS_PARALLELISM": "false",
         "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token",
         "MAX_SIZE_GB": "1000",
+        "PWD": "/app",
+        "TOKENIZERS_PARALLELISM": "false",
     }
-    assert Redactor(environ)("false 1000 /var/run/token") == "false 1000 /var/run/token"
+    text = " ".join(environ.values())
+    assert Redactor(environ)(text) == text
 
 
 def test_settings_are_one_masked_line(capsys: pytest.CaptureFixture[str]) -> None:

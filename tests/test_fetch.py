@@ -1,0 +1,175 @@
+"""Which failures are answers, and which are worth another try: by real servers and real clients."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import darwin_fetch
+from darwin_fetch import Retry, Unreachable
+from darwin_log import RoleError
+from tests.apiserver import ApiServer
+from tests.conftest import free_port
+
+
+@contextmanager
+def answering(status: int, body: bytes, content_type: str) -> Iterator[str]:
+    """A server that answers every request alike."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _no_retries_of_mlflow_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+HTML = (b"<html>no</html>", "text/html")
+GATEWAY = (b'{"message": "no"}', "application/json")
+
+
+@pytest.mark.parametrize("body", [HTML, GATEWAY])
+@pytest.mark.parametrize(
+    ("status", "passing"),
+    [(code, False) for code in (400, 401, 403, 404, 405, 410, 451)]
+    + [(code, True) for code in (408, 429, 500, 502, 503, 504)],
+)
+@pytest.mark.parametrize("uri", ["models:/m/1", "mlflow-artifacts:/m"])
+def test_statuses(
+    uri: str, status: int, passing: bool, body: tuple[bytes, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with answering(status, *body) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+        with pytest.raises(RoleError) as caught:
+            darwin_fetch.resolve(uri)
+    assert isinstance(caught.value, Unreachable) is passing, caught.value
+    assert uri in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
+        ("InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
+        ("AccessDenied", "READ permission"),
+        ("NoSuchBucket", "does not exist"),
+        ("RequestTimeTooSkewed", "RequestTimeTooSkewed"),
+    ],
+)
+def test_s3_says_no(code: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = 404 if code == "NoSuchBucket" else 403
+    with answering(status, f"<Error><Code>{code}</Code></Error>".encode(), "application/xml") as server:
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", server)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-key-of-some-length")
+        with pytest.raises(RoleError, match=word) as caught:
+            darwin_fetch.resolve("s3://bucket/model")
+    assert not isinstance(caught.value, Unreachable)
+
+
+def test_s3_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-key-of-some-length")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(Unreachable):
+        darwin_fetch.resolve("s3://bucket/other-model")
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(Unreachable, match=f"{uri} .*Connection refused"):
+        darwin_fetch.resolve("models:/m/1")
+
+
+def test_an_untrusted_certificate_is_no_passing_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ApiServer(tmp_path / "serviceaccount") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+        with pytest.raises(RoleError, match="REQUESTS_CA_BUNDLE") as caught:
+            darwin_fetch.resolve("models:/m/1")
+    assert not isinstance(caught.value, Unreachable)
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x/y", "ftp://127.0.0.1:1/x"])
+def test_unknown_stores(uri: str) -> None:
+    with pytest.raises(RoleError):
+        darwin_fetch.resolve(uri)
+
+
+def test_a_bad_knob_of_mlflow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "abc")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(RoleError, match="MLFLOW_HTTP_REQUEST_MAX_RETRIES") as caught:
+        darwin_fetch.resolve("models:/m/1")
+    assert not isinstance(caught.value, Unreachable)
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a/../../b", "a\\b", "nul\0"])
+def test_a_listing_does_not_choose_where_files_go(name: str) -> None:
+    with pytest.raises(RoleError, match="unsafe name"):
+        darwin_fetch._check_names("s3://b/m", ["MLmodel", name])
+
+
+def test_waiting_grows_and_is_bounded() -> None:
+    delays = list(Retry(2000, 5.0).delays())
+    assert len(delays) == 2000
+    for attempt, delay in enumerate(delays[:4]):
+        assert 2.5 * 2**attempt <= delay <= 5 * 2**attempt
+    assert all(30 <= delay <= 60 for delay in delays[4:])
+
+
+def test_progress_tells_percent_rate_and_time_left() -> None:
+    source = darwin_fetch.Source("u", {}, [darwin_fetch.RemoteFile("MLmodel", 4_000_000)], lambda *_: None)
+    progress = darwin_fetch._Progress(source, Path("nowhere"))
+    assert progress.line(1_000_000, 2.0) == "25% of 3.8 MiB, 0.5 MB/s, ETA 6 s"
+    assert progress.line(0, 2.0) == "0% of 3.8 MiB, 0.0 MB/s, ETA unknown"
+
+
+def test_a_registered_model_s_own_meta_file_is_replaced(tmp_path: Path) -> None:
+    """A model that was downloaded from one registry and logged to another brings the file along."""
+
+    def download(path: str, local: str) -> None:
+        Path(local).write_text(f"of the source: {path}")
+
+    names = ["MLmodel", "registered_model_meta"]
+    files = [darwin_fetch.RemoteFile(name, None) for name in names]
+    source = darwin_fetch.Source("models:/m/2", {"name": "m", "version": "2"}, files, download)
+    arrived = darwin_fetch.Transfer(source, tmp_path).run(Retry(0))
+    assert sorted(file.path for file in arrived) == names
+    assert (tmp_path / "registered_model_meta").read_text() == "model_name: m\nmodel_version: '2'\n"
+
+
+def test_the_identity_holds_no_credentials(tmp_path: Path) -> None:
+    (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {}}))
+    source = darwin_fetch.resolve(str(tmp_path))
+    assert set(source.identity) == {"uri", "mlmodel"}
+    (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {}, "other": 1}))
+    assert darwin_fetch.resolve(str(tmp_path)).identity["mlmodel"] != source.identity["mlmodel"]
