@@ -43,9 +43,14 @@ lint: $(READY)  ## Check style, format and types
 
 lock: $(READY)  ## Pin and hash the newest dependencies that pyproject.toml allows
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile --quiet $(COMPILE) pyproject.toml --extra sklearn --group dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra sklearn --group dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/runtime.txt
+	for flavor in $(FLAVORS); do \
+	  $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt -o requirements/$$flavor.txt || exit 1; done
 
-COMPILE := --universal --python-version 3.10 --generate-hashes --no-annotate --no-header
+# The runtime and the flavors get the versions that the tests ran with.
+FLAVORS := sklearn lightgbm xgboost
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-annotate --no-header
 
 clean:  ## Remove everything that make made
 	rm -rf $(VENV) $(STORE) build .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -37,6 +38,9 @@ PACKAGES = {
 
 # MLflow then decodes datetimes and bytes for models with type hints.
 SERVING = {"_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true"}
+
+# The same library under another name, without what a server does not need.
+SAME_LIBRARY = {"mlflow": "mlflow-skinny", "xgboost": "xgboost-cpu"}
 
 # MLflow quotes the whole input in some messages.
 MAX_MESSAGE = 2000
@@ -205,12 +209,10 @@ def _parsed(lines: Sequence[str]) -> Iterator[Requirement]:
 
 
 def _installed(package: str) -> str | None:
-    # The slim distribution is the same library under another name.
-    for name in (package, "mlflow-skinny") if package == "mlflow" else (package,):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    for name in (package, SAME_LIBRARY.get(package)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            if name:
+                return importlib.metadata.version(name)
     return None
 
 

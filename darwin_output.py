@@ -2,7 +2,7 @@
 
     <output>/
       MLmodel, ...             the model's top-level entries: the files themselves, or links into the cache
-      model -> .               for charts that serve <output>/model
+      model -> ...             for charts that serve <output>/model: to `.`, or to the model in the cache
       .darwin-output.json      what was put here, so that the next run can tell its own entries from other people's
       .darwin-staging/         a download under way
 
@@ -72,13 +72,13 @@ def move(staging: Path, output: Path, key: str, manifest: Manifest) -> None:
     if damage := manifest.damage(staging):
         raise ValueError(f"not placed, {'; '.join(damage)}")
     darwin_cache.sync_tree(staging)
-    _place(staging, output, key, manifest, lambda source, target: source.rename(target), model_link=True)
+    _place(staging, output, key, manifest, lambda source, target: source.rename(target), ".")
     darwin_cache.remove_tree(staging)
 
 
 def link(model: Path, output: Path, key: str, manifest: Manifest) -> None:
     """Put links to the cached model's entries at the output."""
-    _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), model_link=False)
+    _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), str(model))
 
 
 def copy(model: Path, output: Path, key: str, manifest: Manifest) -> None:
@@ -94,8 +94,7 @@ def _place(
     key: str,
     manifest: Manifest,
     put: Callable[[Path, Path], object],
-    *,
-    model_link: bool,
+    model_link: str,
 ) -> None:
     entries = sorted(path.name for path in model.iterdir())
     before = read(output)
@@ -107,8 +106,10 @@ def _place(
         darwin_cache.remove_tree(output / name)
     for name in _model_file_last(entries):
         put(model / name, output / name)
-    if model_link and not (output / MODEL_LINK).is_symlink() and not (output / MODEL_LINK).exists():
-        (output / MODEL_LINK).symlink_to(".")
+    link = output / MODEL_LINK
+    if MODEL_LINK not in entries and (link.is_symlink() or not link.exists()):
+        darwin_cache.remove_tree(link)
+        link.symlink_to(model_link)
     darwin_cache.write_atomically(output / RECORD, _dump(key, manifest, entries))
 
 

@@ -71,7 +71,7 @@ def _log_lines() -> list[str]:
 def test_a_log_line_in_the_readme_is_one_of_the_code(line: str) -> None:
     code = _strings()
     pieces = [
-        piece for part in re.split("…|401|403|404|MLmodel|CACHEDIR.TAG", line) if len(piece := part.strip(" ,;:()")) > 3
+        piece for part in re.split("…|401|403|404|MLmodel|CACHEDIR.TAG|(?=MLFLOW_TRACKING_USERNAME)", line) if len(piece := part.strip(" ,;:()")) > 3
     ]
     assert pieces
     for piece in pieces:

@@ -92,9 +92,9 @@ def test_straight_from_a_registry_that_says_no(versions: list[Logged], mlflow_se
     assert "wrong-password" not in done.err
 
 
-@pytest.mark.parametrize("form", ["model", ".", "{alias}/model"])
+@pytest.mark.parametrize("form", ["model", ".", "{alias}/model", "{linked}"])
 def test_darwin_s_chart_finds_it(form: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
-    """The places where the chart looks: `<dir>/model` for emptydir, `<cache>/<alias>/model` for pvc."""
+    """The places where charts look: `<dir>/model`, `<cache>/<alias>/model`."""
     alias = darwin_cache.make_alias("shop", f"models:/{NAME}/1")
     strategy: dict[str, Any] = {"STORAGE_STRATEGY": "pvc" if "{" in form else "emptydir", "DEPLOYMENT_NAME": "shop"}
     done = run_role(
@@ -106,8 +106,8 @@ def test_darwin_s_chart_finds_it(form: str, versions: list[Logged], mlflow_serve
         **mlflow_server.environ,
     )
     assert done.code == 0, done.err
-    base = tmp_path / ("cache" if "{" in form else "models")
-    with serving(base / form.format(alias=alias)) as server:
+    base = tmp_path / ("cache" if "{alias}" in form else "models")
+    with serving(base / form.format(alias=alias, linked="model")) as server:
         assert server.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([10.0])}
 
 
