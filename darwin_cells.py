@@ -148,15 +148,15 @@ def _objects(values: Sequence[Any]) -> Array:
     return np.fromiter(values, dtype=object, count=len(values))
 
 
-_INTEGER_TEXT = re.compile(r"[+-]?\d{1,20}\Z", re.ASCII)
+_INTEGER_TEXT = re.compile(r"([+-]?\d{1,20})(\.0*)?\Z", re.ASCII)
 
 
 def _number_from_text(text: str) -> Any:
     text = text.strip()
-    if _INTEGER_TEXT.match(text):
-        return int(text)
+    if match := _INTEGER_TEXT.match(text):
+        return int(match[1])
     try:
-        value = float(text) if "_" not in text else math.inf
+        value = float(text) if text.isascii() and "_" not in text else math.inf
     except ValueError:
         return text
     if math.isnan(value):
@@ -179,7 +179,8 @@ def _integer(name: str, dtype: str) -> Cell:
     low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
     def convert(value: Any, bad: Bad) -> int:
-        if type(value) is float and value.is_integer():
+        # From 2**53 on, floats stand for integers that they are not.
+        if type(value) is float and value.is_integer() and abs(value) < 2**53:
             value = int(value)
         if type(value) is not int:
             bad("", name, value, "")
@@ -214,25 +215,29 @@ def _integer(name: str, dtype: str) -> Cell:
 
 def _floating(name: str, dtype: str) -> Cell:
     largest = float(np.finfo(dtype).max)
+    # All integers up to here are numbers of this type.
+    exact = min(largest, 2.0 ** (np.finfo(dtype).nmant + 1))
+    rounded = np.dtype(dtype).type
 
     def convert(value: Any, bad: Bad) -> float:
         if type(value) is int:
-            if abs(value) > largest or int(float(value)) != value:
+            if abs(value) > largest or int(rounded(value)) != value:
                 bad("", name, value, "no such number has this type exactly")
                 return 0.0
             value = float(value)
         if type(value) is not float:
             bad("", name, value, "")
-        elif not abs(value) <= largest:
-            bad("", name, value, f"outside ±{largest:g}")
-        else:
-            return value
-        return 0.0
+            return 0.0
+        with np.errstate(over="ignore"):
+            if not np.isfinite(rounded(value)):
+                bad("", name, value, f"outside ±{largest:g}")
+                return 0.0
+        return value
 
     def bulk(values: Sequence[Any]) -> Array | None:
         array = np.array(values, dtype=np.float64)
         sizes = np.abs(array)
-        if (sizes >= min(largest, 2**53)).any() and ((sizes > largest).any() or int in set(map(type, values))):
+        if (sizes >= exact).any() and ((sizes > largest).any() or int in set(map(type, values))):
             return None
         return array.astype(dtype, copy=False)
 
@@ -502,11 +507,17 @@ def parse_column(cell: Cell, values: Sequence[Any], required: bool, report: Repo
     null = cell.null if required else cell.optional_null
     found = report.total
     converted = []
-    for index, value in enumerate(values):
+    index = 0
+
+    def bad(path: str, expected: str, value: Any, why: str) -> None:
+        # Which row and column that is can cost more than the check.
+        report.at(*place(index))(path, expected, value, why)
+
+    for index, value in enumerate(values):  # noqa: B007 - bad() reads it
         if value is None and null is not _REFUSED:
             converted.append(null)
         elif value is None or value is MISSING:
-            report.at(*place(index))("", cell.name, value, "")
+            bad("", cell.name, value, "")
         else:
-            converted.append(cell.convert(value, report.at(*place(index))))
+            converted.append(cell.convert(value, bad))
     return cell.build(converted) if report.total == found else None

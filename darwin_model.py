@@ -1,13 +1,15 @@
-"""Find an MLflow model on disk, load it, and have it predict. The only serving module that knows MLflow."""
+"""Find an MLflow model on disk, load it, and have it predict. Of what serves requests, only this knows MLflow."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import platform
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +96,9 @@ class Model:
             if doubtful or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise Refused(_short(error), by_schema=error.error_code == "INVALID_PARAMETER_VALUE") from error
             raise PredictionFailed(_short(error)) from error
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            raise (Refused if doubtful else PredictionFailed)(_short(error)) from error
-        except (Exception, SystemExit) as error:
-            raise PredictionFailed(_short(error)) from error
+        except BaseException as error:  # a model's code may raise anything, and only the one who asked is to hear of it
+            blameless = isinstance(error, (MemoryError, OSError)) or not isinstance(error, Exception)
+            raise (Refused if doubtful and not blameless else PredictionFailed)(_short(error)) from error
 
 
 def _short(error: BaseException) -> str:
@@ -116,7 +117,13 @@ def find_model(path: Path) -> Path:
     if path.name == "model" and not path.exists() and not path.is_symlink():
         places = [path, path.parent]
     for place in places:
-        if (place / MODEL_FILE).is_file():
+        try:
+            found = stat.S_ISREG((place / MODEL_FILE).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise RoleError(f"cannot look for a model at {place}, as user {os.getuid()}: {error}") from error
+        if found:
             return (place / MODEL_FILE).resolve().parent
     links = [
         link for place in places for link in (place, place / MODEL_FILE) if link.is_symlink() and not link.exists()
@@ -169,7 +176,7 @@ def _description(directory: Path) -> dict[str, Any]:
     file = directory / MODEL_FILE
     try:
         description = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise RoleError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(description, dict) or not isinstance(description.get("flavors"), dict):
         raise RoleError(f"{file} does not describe an MLflow model ({file.stat().st_size} bytes): it may be truncated")
@@ -178,16 +185,23 @@ def _description(directory: Path) -> dict[str, Any]:
         raise RoleError(
             f"{file} has no {PYFUNC} flavor (it has: {flavors}), so MLflow cannot serve this model: log it with one"
         )
+    if "utc_time_created" not in description:
+        raise RoleError(
+            f"{file} ends before utc_time_created, which MLflow writes last: it is truncated, download it again"
+        )
     return description
 
 
 def _example(directory: Path, description: Mapping[str, Any]) -> bytes | None:
-    name = (description.get("saved_input_example_info") or {}).get("serving_input_path")
+    info = description.get("saved_input_example_info")
+    name = info.get("serving_input_path") if isinstance(info, dict) else None
     try:
-        return (directory / name).read_bytes() if name else None
-    except OSError as error:
+        # MLflow writes NaN, which JSON does not have; null stands for it in requests.
+        example = json.loads((directory / name).read_bytes(), parse_constant=lambda _: None) if name else None
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("the model's input example cannot be read: %s", error)
         return None
+    return json.dumps(example).encode() if name else None
 
 
 def _requirements(directory: Path) -> list[Requirement]:

@@ -11,8 +11,10 @@ import csv
 import io
 import itertools
 import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,16 +42,20 @@ class Rows:
     """Parsed input of `count` rows.
 
     `value` is a dict of one-dimensional columns if `table`, else what the model takes: an array, a dict of arrays, a
-    DataFrame, a list. `doubtful` input was not checked or holds nulls: if the model fails on it, it may be to blame.
+    DataFrame, a list. `index` labels a table's rows, where the request did. `doubtful` input was not checked or holds
+    nulls: if the model fails on it, it may be to blame.
     """
 
     value: Any
     count: int
     table: bool = False
     doubtful: bool = False
+    index: list[Any] | None = None
 
     def for_model(self) -> Any:
-        return pd.DataFrame(self.value, index=pd.RangeIndex(self.count)) if self.table else self.value
+        if not self.table:
+            return self.value
+        return pd.DataFrame(self.value, index=pd.RangeIndex(self.count) if self.index is None else self.index)
 
 
 @dataclass(frozen=True)
@@ -99,12 +105,21 @@ def _need_names(columns: Any) -> list[str]:
         raise refuse("a list of column names", columns)
     names = [str(name) for name in columns]
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 10_000 else []
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise refuse("column names that differ", columns, f"more than once: {', '.join(twice)[:200]}")
     return names
 
 
+def _need_labels(index: Any, count: int) -> list[Any] | None:
+    if index is not None and (type(index) is not list or len(index) != count or {list, dict} & set(map(type, index))):
+        raise refuse(f"index: a list of {count} labels, as many as rows", index)
+    return index
+
+
 def _read_csv(text: str) -> tuple[list[str], list[list[str]]]:
+    csv.field_size_limit(sys.maxsize)  # of the whole process; the size of bodies is not this module's business
+    if "\0" in text:
+        raise refuse("CSV with a header row", text, "it contains NUL")  # csv itself says so before Python 3.11 only
     try:
         lines = [line for line in csv.reader(io.StringIO(text, newline=""), strict=True) if line]
     except csv.Error as error:
@@ -142,14 +157,16 @@ class ColumnPlan:
                 cells.append([row.get(key, MISSING) for row in rows])
         return self._table(cells, len(rows))
 
-    def split(self, columns: Any, data: Any) -> Rows:
+    def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         """`["a", "b"]` and `[[1, 2], …]`: names once, then a list per row; without names, by position."""
         data = _need_rows(data, "data: a list of at least one row")
         if columns is None:
-            return self.positional(data)
-        names = _need_names(columns)
-        _need_lists(data, len(names))
-        return self._split(names, list(zip(*data, strict=True)), len(data))
+            rows = self.positional(data)
+        else:
+            names = _need_names(columns)
+            _need_lists(data, len(names))
+            rows = self._split(names, list(zip(*data, strict=True)), len(data))
+        return replace(rows, index=_need_labels(index, rows.count))
 
     def positional(self, rows: list[Any]) -> Rows:
         """`[[1, 2], …]`: a list per row, in the signature's order."""
@@ -299,7 +316,11 @@ class Tensor:
         array = parse_column(self.cell, level, True, report, place)
         if array is None:
             return None
-        array = array if self.dtype.kind in "SU" else array.astype(self.dtype, copy=False)
+        try:
+            array = array if self.dtype.kind in "SU" else array.astype(self.dtype, copy=False)
+        except (TypeError, ValueError) as error:
+            report.mismatch(None, self.key, expected, value, str(error)[:200])
+            return None
         return array.reshape(lengths)
 
     def from_cells(self, cells: list[Any], report: Report) -> Array | None:
@@ -345,8 +366,9 @@ class TensorPlan:
         names = list(rows[0])
         return self._cells(names, [[row.get(name, MISSING) for row in rows] for name in names], len(rows))
 
-    def split(self, columns: Any, data: Any) -> Rows:
+    def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         data = _need_rows(data, "data: a list of at least one row")
+        _need_labels(index, len(data))  # arrays have none
         width = len(data[0]) if type(data[0]) is list else 0
         names = [t.key for t in self.tensors] if self.named else [str(i) for i in range(width)]
         if columns is not None:
@@ -433,11 +455,17 @@ class UncheckedPlan:
 
     def records(self, rows: Any) -> Rows:
         rows = _need_rows(rows, "a list of at least one object")
+        if set(map(type, rows)) == {dict}:
+            # Rows with keys of their own make a table far larger than the request.
+            width, given = len(set().union(*rows)), sum(map(len, rows))
+            if len(rows) * width > 1000 + 100 * given:
+                raise refuse("rows with the same keys", rows, f"{width} keys in all, {given} values")
         return self._rows(lambda: pd.DataFrame(rows), rows)
 
-    def split(self, columns: Any, data: Any) -> Rows:
+    def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         data = _need_rows(data, "data: a list of at least one row")
-        return self._rows(lambda: pd.DataFrame(data, columns=columns), data)
+        labels = _need_labels(index, len(data))
+        return self._rows(lambda: pd.DataFrame(data, index=labels, columns=columns), data)
 
     def csv(self, text: str) -> Rows:
         return self._rows(lambda: pd.read_csv(io.StringIO(text)), text)
@@ -478,7 +506,7 @@ class HintedPlan(ColumnPlan):
     def records(self, rows: Any) -> Rows:
         raise refuse("`inputs`, a list: this model takes what its type hints say, not a table", rows)
 
-    def split(self, columns: Any, data: Any) -> Rows:  # noqa: ARG002 - the plans share one form
+    def split(self, columns: Any, data: Any, index: Any = None) -> Rows:  # noqa: ARG002 - the plans share one form
         return self.records(data)
 
     def csv(self, text: str) -> Rows:

@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,15 @@ class Reply:
     media_type: str = JSON
 
 
+_LONG_INTEGER = re.compile(rb"(?<![\d.])\d{19}")
+
+
 def _object(body: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        if _LONG_INTEGER.search(body):
+            value = json.loads(body)  # exact, where orjson makes floats of integers beyond 64 bits
+    except ValueError as error:
         raise Malformed(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise Malformed(f"the body must be a JSON object, not {'an array' if isinstance(value, list) else 'a value'}")
@@ -99,8 +105,8 @@ def write_scores(output: Any) -> bytes:
     """`{"scores": [...]}`. Raises `Unwritable`."""
     try:
         plain = _plain(output)
-    except TypeError as error:
-        raise Unwritable(f"the model's output cannot be written as JSON: {error}") from error
+    except (TypeError, ValueError):
+        plain = [output]
     return dump({"scores": plain if isinstance(plain, (list, tuple)) else [plain]})
 
 
@@ -194,10 +200,7 @@ def _read_split(value: Any, plan: Plan) -> Rows:
     unknown = value.keys() - {"columns", "index", "data"}
     if unknown:
         raise Malformed(f"dataframe_split has only columns, index and data, not {', '.join(sorted(unknown)[:20])}")
-    index, data = value.get("index"), value["data"]
-    if index is not None and not (isinstance(index, list) and isinstance(data, list) and len(index) == len(data)):
-        raise Malformed("dataframe_split's index must be a list as long as its data")
-    return plan.split(value.get("columns"), data)
+    return plan.split(value.get("columns"), value["data"], value.get("index"))
 
 
 def _media_type(content_type: str | None) -> str:
@@ -305,7 +308,7 @@ def _plain(value: Any) -> Any:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(key): _finite(part) for key, part in value.items()}
+        return {key if isinstance(key, str) else dump(key).decode(): _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     if isinstance(value, float):

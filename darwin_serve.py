@@ -108,7 +108,7 @@ def _model_config(read: Reader) -> dict[str, Any]:
     read.seen[name] = "(set)" if text else ""
     try:
         config = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         read.problems.append(f"""{name}: must be a JSON object, for example {name}={{"temperature": 0.2}}""")
@@ -145,10 +145,13 @@ class Service:
         self.request_timeout = request_timeout
         self.inference = InferenceThread()
         self.draining = False
+        self.schema = Reply(503, b"")
         self._model: Model | None = None
 
     def use(self, model: Model) -> None:
         """From now on, answer with `model`."""
+        # Once, for the input example can be large.
+        self.schema = protocols.schema(model.plan, model.outputs, example_rows(model))
         self._model = model
 
     @property
@@ -192,8 +195,8 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         return Response(await service.predict(parsed, protocols.write_predictions), media_type=protocols.JSON)
 
     async def schema(_: HttpRequest) -> Response:
-        model = service.model
-        return _response(protocols.schema(model.plan, model.outputs, example_rows(model)))
+        assert service.model
+        return _response(service.schema)
 
     async def livez(_: HttpRequest) -> Response:
         return _json({"status": "alive"})
@@ -369,8 +372,6 @@ def serve(read: Reader, redact: Redactor) -> None:
     # Its INFO lines say again what ours say.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(bind(settings.host, settings.port))
-        logger.info("listening on http://%s", _address(settings.host, listener.getsockname()[1]))
         directory = Path(stack.enter_context(_temporary_directory(settings)))
         service = Service(settings.request_timeout)
         config = uvicorn.Config(
@@ -384,6 +385,11 @@ def serve(read: Reader, redact: Redactor) -> None:
             timeout_graceful_shutdown=math.ceil(settings.request_timeout) + 1,
         )
         server = Server(config, service)
+        # Until uvicorn handles these itself, and afterwards, when it raises them again for whoever handled them before.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.handle_exit)
+        listener = stack.enter_context(bind(settings.host, settings.port))
+        logger.info("listening on http://%s", _address(settings.host, listener.getsockname()[1]))
 
         def start() -> None:
             service.use(load(settings, directory))
@@ -394,9 +400,6 @@ def serve(read: Reader, redact: Redactor) -> None:
 
         loading = service.inference.submit(start)
         loading.add_done_callback(started)
-        # uvicorn raises the signal again when it is done, for whoever handled it before.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
         server.run(sockets=[listener])
         if loading.done() and (error := loading.exception()):
             raise error

@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ class Answers:
             "unwritable": lambda: [object()],
             "raise": _raise,
             "exit": lambda: sys.exit(3),
+            "panic": _panic,
+            "attribute": lambda: model_input.no_such_column,
+            "dataclass": lambda: Answer(1.5),
         }
         return forms[model_input["form"].iloc[0]]()
 
@@ -101,6 +105,19 @@ def _sparse() -> Any:
     from scipy.sparse import csr_matrix
 
     return csr_matrix([[0, 1], [2, 0]])
+
+
+@dataclass
+class Answer:
+    score: float
+
+
+class Panic(BaseException):
+    """What extensions written in Rust raise is no Exception."""
+
+
+def _panic() -> Any:
+    raise Panic("in another language")
 
 
 def _raise() -> Any:

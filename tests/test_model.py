@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -208,6 +209,51 @@ def test_who_is_to_blame() -> None:
         unchecked.predict(unchecked.plan.records([{"form": "no such form"}]))
     with pytest.raises(Refused):
         checked.predict(checked.plan.records([{"form": None}]))
+    with pytest.raises(PredictionFailed, match="AttributeError"):
+        checked.predict(checked.plan.records([{"form": "attribute"}]))
+    with pytest.raises(Refused, match="AttributeError"):
+        unchecked.predict(unchecked.plan.records([{"form": "attribute"}]))
+    with pytest.raises(PredictionFailed, match="Panic: in another language"):
+        unchecked.predict(unchecked.plan.records([{"form": "panic"}]))
+
+
+def test_a_description_cut_between_lines_is_truncated(iris: Path) -> None:
+    """What is left is valid YAML, and would be served without its signature."""
+    file = iris / "MLmodel"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: lines.index(next(line for line in lines if line.startswith("mlflow_version")))]))
+    with pytest.raises(RoleError, match=f"{file} ends before"):
+        darwin_model.load(iris)
+
+
+def test_an_impossible_date_in_the_description_is_named(iris: Path) -> None:
+    file = iris / "MLmodel"
+    file.write_text(file.read_text() + "\nwhen: 2024-13-45\n")
+    with pytest.raises(RoleError, match=str(file)):
+        darwin_model.load(iris)
+
+
+def test_an_odd_example_entry_is_no_example(iris: Path) -> None:
+    edit(iris, lambda description: description.update(saved_input_example_info=3))
+    description = yaml.safe_load((iris / "MLmodel").read_text())
+    assert darwin_model._example(iris, description) is None
+
+
+def test_an_example_with_nan_is_a_request(iris: Path) -> None:
+    (iris / "serving_input_example.json").write_text('{"dataframe_records": [{"a": NaN}]}')
+    model = darwin_model.load(iris)
+    assert model.example is not None
+    assert json.loads(model.example) == {"dataframe_records": [{"a": None}]}
+
+
+def test_a_place_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # Root, who runs the tests in CI, may look everywhere.
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(RoleError, match="Permission denied"):
+        darwin_model.find_model(tmp_path)
 
 
 def test_type_hints_are_mlflows_to_check() -> None:

@@ -38,6 +38,7 @@ ACCEPTED = [
     ("long", [3, 4.0], np.array([3, 4])),
     ("float", [1, 0.1, None], np.array([1, 0.1, math.nan], dtype=np.float32)),
     ("float", [3.4028234663852886e38], np.array([np.finfo(np.float32).max])),
+    ("float", [3.4028235e38, 2**24, 2**30], np.array([3.4028235e38, 2**24, 2**30], dtype=np.float32)),
     ("double", [1, 0.1, None, 1e308], np.array([1, 0.1, math.nan, 1e308])),
     ("double", [2**53, 2**60, 1.8446744073709552e19], np.array([2**53, 2**60, 2**64], dtype=np.float64)),
     ("string", ["a", "", None], np.array(["a", "", None], dtype=object)),
@@ -65,8 +66,8 @@ def test_accepted(kind: str, values: list[Any], expected: Any) -> None:
 REFUSED = [
     ("boolean", [0, 1, "true", 1.0, None, [], {}]),
     ("integer", [2**31, -(2**31) - 1, 1.9, True, "1", None, 1e300]),
-    ("long", [2**63, 1.9, True, "1", None, 9.3e18, -9.3e18, [], {}]),
-    ("float", [3.5e38, -1e300, True, "1.0", []]),
+    ("long", [2**63, 1.9, True, "1", None, 9.3e18, -9.3e18, [], {}, float(2**53), float(-(2**60))]),
+    ("float", [3.5e38, -1e300, True, "1.0", [], 2**24 + 1, -(2**24) - 1]),
     ("double", [2**53 + 1, 2**63 + 1, True, "1.0", {}]),
     ("string", [1, 1.5, True, [], {}]),
     ("binary", ["AP8", "ä", "A===", 1, None]),
@@ -250,7 +251,7 @@ BAD_SHAPES = [
     ("csv", ("a,b\n1,inf\n",), "row 0, 'b'"),
     ("csv", ("a,b\n1_0,2\n",), "row 0, 'a'"),
     ("csv", ("a\n" + "9" * 5000 + "\n",), "row 0, 'a'"),
-    ("csv", ("a\x00,b\n1\x00,2\n",), "'a'"),
+    ("csv", ("a\x00,b\n1\x00,2\n",), "NUL"),
 ]
 
 
@@ -481,3 +482,50 @@ def test_every_bad_param_is_reported() -> None:
 def test_made_up_samples_are_accepted(kind: Any, required: bool) -> None:
     plan = one(kind, required=required)
     assert plan.features(plan.sample(None)).count == 1
+
+
+def test_csv_integers_are_exact() -> None:
+    rows = one("long").csv("c\n9007199254740993.0\n9007199254740993\n-7.\n")
+    assert rows.value["c"].tolist() == [9007199254740993, 9007199254740993, -7]
+
+
+def test_csv_digits_are_ascii() -> None:
+    with pytest.raises(InputError):
+        one("double").csv("c\n\uff11\uff12\n")
+
+
+def test_csv_cells_may_be_large() -> None:
+    text = "x" * 200_000
+    assert one("string").csv(f"c\n{text}\n").value["c"].tolist() == [text]
+
+
+def test_many_names_of_which_one_comes_twice() -> None:
+    names = [f"n{index}" for index in range(20_000)]
+    with pytest.raises(InputError, match="more than once: n7"):
+        one("double").split([*names, "n7"], [[0] * 20_001])
+
+
+@pytest.mark.parametrize("specs", [[{"type": "double", "name": "c"}], None])
+def test_a_table_s_index_reaches_the_model(specs: Any) -> None:
+    rows = plan_of(specs).split(["c"], [[1], [2]], ["x", "y"])
+    assert rows.for_model().index.tolist() == ["x", "y"]
+
+
+@pytest.mark.parametrize("index", [3, [1], [1, 2, 3], [[1], [2]]])
+@pytest.mark.parametrize("specs", [[{"type": "double", "name": "c"}], None])
+def test_a_bad_index(specs: Any, index: Any) -> None:
+    with pytest.raises(InputError, match="2 labels"):
+        plan_of(specs).split(["c"], [[1], [2]], index)
+
+
+def test_a_small_request_does_not_become_a_huge_table() -> None:
+    with pytest.raises(InputError, match="same keys"):
+        plan_of(None).records([{f"k{row}": row} for row in range(5000)])
+    assert plan_of(None).records([{"a": 1}, {"b": 2}]).count == 2
+
+
+def test_where_a_bad_cell_is_is_told_in_a_tensor_of_strings() -> None:
+    plan = plan_of([{"type": "tensor", "tensor-spec": {"dtype": "str", "shape": [-1, 2]}}])
+    with pytest.raises(InputError) as caught:
+        plan.instances([["a", "b"], ["c", 4]])
+    assert [(problem.row, problem.field) for problem in caught.value.problems] == [(1, "[1]")]

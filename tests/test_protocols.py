@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_features_or_keys_but_not_both(body: bytes) -> None:
     ],
 )
 def test_exactly_one_well_formed_shape(body: bytes) -> None:
-    with pytest.raises(Malformed):
+    with pytest.raises((Malformed, InputError)):
         invoke(body)
 
 
@@ -219,3 +220,32 @@ def test_darwin_mismatch_in_full() -> None:
 
 def test_unsupported_media_types_are_answered_in_plain_text() -> None:
     assert protocols.mlflow_failure(Unsupported("no")) == protocols.Reply(415, b"no", "text/plain")
+
+
+def test_integers_beyond_64_bits_are_exact() -> None:
+    body = b'{"dataframe_records": [{"a": 18446744073709551617, "b": "99999999999999999999"}]}'
+    rows = protocols.read_invocations(body, None, plan_of(None), PARAMS).rows
+    assert rows.for_model()["a"].tolist() == [2**64 + 1]
+    with pytest.raises(InputError):
+        protocols.read_invocations(body, None, plan_of([{"type": "double", "name": "a"}]), PARAMS)
+
+
+@pytest.mark.parametrize("body", [b"1" * 5000, b'{"inputs": [' + b"1" * 5000 + b"]}"])
+def test_an_integer_too_long_for_python_is_malformed(body: bytes) -> None:
+    with pytest.raises(Malformed):
+        invoke(body)
+
+
+def test_keys_are_written_alike_with_and_without_huge_numbers() -> None:
+    value = {None: 1, True: 2, 3: 4}
+    told = {"null": 1, "true": 2, "3": 4}
+    assert json.loads(protocols.dump(value)) == told
+    assert json.loads(protocols.dump({**value, "big": 2**70})) == {**told, "big": 2**70}
+
+
+def test_a_dataclass_is_a_score() -> None:
+    @dataclass
+    class Answer:
+        score: float
+
+    assert protocols.write_scores(Answer(1.5)) == protocols.dump({"scores": [{"score": 1.5}]})

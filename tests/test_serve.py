@@ -576,6 +576,23 @@ def test_it_can_be_stopped_while_loading(tmp_path: Path) -> None:
         assert served.stop() == 0
 
 
+@pytest.mark.parametrize("attempt", range(3))
+def test_it_can_be_stopped_as_soon_as_it_listens(attempt: int) -> None:
+    with serving(model_path("iris"), wait=False) as served:
+        assert served.stop() == 0
+
+
+@pytest.mark.parametrize("form", ["panic", "exit"])
+def test_whatever_a_model_raises_is_told_in_the_protocols_words(form: str) -> None:
+    with serving(model_path("answers")) as served:
+        darwin = served.post("/predict", {"features": {"form": form}})
+        assert (darwin.status_code, darwin.json()["detail"]["message"]) == (500, "Prediction failed")
+        mlflow = served.post("/invocations", {"dataframe_records": [{"form": form}]})
+        assert (mlflow.status_code, mlflow.json()["error_code"]) == (500, "INTERNAL_ERROR")
+        assert served.post("/predict", {"features": {"form": "scalar"}}).json() == {"scores": [2.5]}
+        assert served.post("/predict", {"features": {"form": "dataclass"}}).json() == {"scores": [{"score": 1.5}]}
+
+
 def fails(**settings: Any) -> Finished:
     return run_role("darwin_serve.py", HOST="127.0.0.1", PORT=0, **settings)
 
