@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +18,7 @@ import darwin_fetch
 from darwin_fetch import Retry, Unreachable
 from darwin_log import RoleError
 from tests.apiserver import ApiServer
-from tests.conftest import free_port
+from tests.conftest import free_port, wait_until
 
 
 @contextmanager
@@ -151,6 +154,51 @@ def test_progress_tells_percent_rate_and_time_left() -> None:
     progress = darwin_fetch._Progress(source, Path("nowhere"))
     assert progress.line(1_000_000, 2.0) == "25% of 3.8 MiB, 0.5 MB/s, ETA 6 s"
     assert progress.line(0, 2.0) == "0% of 3.8 MiB, 0.0 MB/s, ETA unknown"
+
+
+def half_way(tmp_path: Path, seen: Callable[[], bool]) -> None:
+    """Transfer a file of 1000 bytes whose second half comes only once `seen`."""
+
+    def download(_: str, local: str) -> None:
+        with Path(local).open("wb", buffering=0) as file:
+            file.write(b"x" * 500)
+            wait_until(seen, "progress")
+            file.write(b"x" * 500)
+
+    source = darwin_fetch.Source("u", {}, [darwin_fetch.RemoteFile("MLmodel", 1000)], download)
+    assert darwin_fetch.Transfer(source, tmp_path).run(Retry(0))[0].size == 1000
+
+
+def test_progress_is_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(darwin_fetch, "PROGRESS_SECONDS", 0.01)
+    half_way(tmp_path, lambda: "50% of 1000 B" in caplog.text)
+    assert "downloading 1 files, 1000 B" in caplog.text
+    assert "downloaded 1000 B in" in caplog.text
+
+
+def test_progress_is_one_rewriting_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    told = bytearray()
+
+    def seen() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            told.extend(os.read(master, 4096))
+        return b"50% of 1000 B" in told
+
+    with open(slave, "w") as terminal:  # noqa: PTH123 - a descriptor has no path
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(darwin_fetch, "TERMINAL_PROGRESS_SECONDS", 0.01)
+        half_way(tmp_path, seen)
+        monkeypatch.undo()
+        seen()
+    os.close(master)
+    assert told.startswith(b"\r\x1b[K")
+    assert told.endswith(b"\r\x1b[K"), "nothing is left of it"
+    assert b"\n" not in told
 
 
 def test_a_registered_model_s_own_meta_file_is_replaced(tmp_path: Path) -> None:
