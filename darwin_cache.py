@@ -97,6 +97,14 @@ class Manifest:
                 found.append(f"{path}: {size} bytes instead of {file.size}")
         return found
 
+    def altered(self, model: Path) -> list[str]:
+        """The files below `model` whose bytes are not those of the manifest. Reads all of them."""
+        return [
+            f"{model / file.path} is not what was downloaded (sha256)"
+            for file in self.files
+            if digest(model / file.path) != file.sha256
+        ]
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -124,6 +132,15 @@ def manifest_of(model: Path) -> Manifest | None:
         return Manifest.parse((model.parent / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def make_key(identity: Mapping[str, str], listing: Sequence[tuple[str, int | None]]) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import random
+import re
 import shutil
 import ssl
 import sys
@@ -25,8 +26,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import darwin_mlflow
-from darwin_cache import File
-from darwin_env import ConfigError
+from darwin_cache import File, digest
+from darwin_env import ConfigError, Reader
 from darwin_log import RoleError, human, mask_uri
 
 T = TypeVar("T")
@@ -105,9 +106,25 @@ def check_uri(uri: str) -> str | None:
             return "must name a model and a version, alias or stage (models:/name/3, models:/name@champion)"
         if not more and "@" not in name and not name.startswith("m-"):
             return "names no version, alias or stage (models:/name/3, models:/name@champion, models:/name/latest)"
+    if scheme in ("model", "run"):
+        return f"has the unknown scheme {scheme}:, {scheme}s: is probably meant"
     if scheme == "runs" and not rest.strip("/").partition("/")[2]:
         return "must name a run and the artifact path of the model in it (runs:/<run id>/model)"
     return None
+
+
+def check_access(read: Reader, variable: str, uri: str) -> None:
+    """Read what `uri`, given as `variable`, needs to be found; problems with it or with them are added to `read`."""
+    if uri and (why := check_uri(uri)):
+        read.problem(variable, why, example=MODEL_URI_EXAMPLE)
+    tracking_uri = read.text("MLFLOW_TRACKING_URI")
+    if not tracking_uri and needs_tracking(uri):
+        read.problem("MLFLOW_TRACKING_URI", f"is needed to resolve {uri}", example="http://mlflow:5000")
+    # MLflow takes host:port for a scheme, or for a path.
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", tracking_uri):
+        read.problem("MLFLOW_TRACKING_URI", "must be a URL", example=f"http://{tracking_uri}")
+    read.text("MLFLOW_TRACKING_USERNAME")
+    read.text("MLFLOW_TRACKING_PASSWORD")
 
 
 def fetch_model(uri: str, destination: Path) -> None:
@@ -160,6 +177,8 @@ def resolve(uri: str) -> Source:
 def _check_names(uri: str, names: Sequence[str]) -> None:
     if MODEL_FILE not in names:
         nested = next((name for name in names if name.endswith(f"/{MODEL_FILE}")), None)
+        if not names:
+            raise RoleError(f"no MLflow model at {uri}: nothing is there")
         hint = f"; there is one at {nested}, ask for {uri.rstrip('/')}/{PurePosixPath(nested).parent}" if nested else ""
         raise RoleError(f"no MLflow model at {uri}: no {MODEL_FILE} among its {len(names)} files{hint}")
     for name in names:
@@ -222,7 +241,13 @@ def _pinned(client: Any, name: str, suffix: str) -> Any:
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
     if not suffix:
-        return client.get_model_version_by_alias(*name.rsplit("@", 1))
+        try:
+            return client.get_model_version_by_alias(*name.rsplit("@", 1))
+        except MlflowException as error:
+            # Servers answer 400 for an alias that does not exist.
+            if error.error_code == "INVALID_PARAMETER_VALUE" and "not found" in str(error):
+                raise MlflowException(str(error), RESOURCE_DOES_NOT_EXIST) from error
+            raise
     if suffix.isdecimal():
         return client.get_model_version(name, suffix)
     with warnings.catch_warnings():
@@ -337,15 +362,6 @@ class Transfer:
         return File(REGISTERED_MODEL_META, path.stat().st_size, digest(path))
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
-
-
 class _Progress:
     """Says how far a transfer has come: a log line every few seconds, or one rewriting line on a terminal."""
 
@@ -367,6 +383,7 @@ class _Progress:
         self.thread.join()
         if self.terminal:
             sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
         if not failed:
             seconds = max(time.monotonic() - self.started, 1e-9)
             logger.info("downloaded %s in %.1f s, %.1f MB/s", human(self.total), seconds, self.total / seconds / 1e6)
@@ -448,11 +465,15 @@ def explain(error: Exception, uri: str) -> RoleError:
         credentials = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         if store:
             credentials = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        if status == 403 and any("Invalid Host header" in str(one) for one in chain):
+            hint = "the MLflow server refuses this name for itself: start it with --allowed-hosts and the host and port"
+            return RoleError(f"cannot read {uri}: HTTP 403, {hint} of MLFLOW_TRACKING_URI ({reason})")
         return RoleError(
             f"cannot read {uri}: HTTP {status}, {_HINTS[status].format(credentials=credentials)} ({reason})"
         )
     told = str(error) if str(cause) in str(error) else f"{error}, because of {reason}"
-    return RoleError(f"cannot read {uri}: {told}; check the URI and MLFLOW_TRACKING_URI")
+    settings = "the URI and MLFLOW_TRACKING_URI" if needs_tracking(uri) else "the URI and its store's own settings"
+    return RoleError(f"cannot read {uri}: {told.rstrip('.')}; check {settings}")
 
 
 def needs_tracking(uri: str) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import re
+import signal
 import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 
 from darwin_env import ConfigError, Reader
 
@@ -121,6 +124,7 @@ def set_up(read: Reader) -> Redactor:
     root.setLevel(max(logging.getLevelName(level.upper()), logging.INFO))
     logger.setLevel(level.upper())
     logging.captureWarnings(True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of stores in databases: each migration step
     return redact
 
 
@@ -149,6 +153,7 @@ def run_role(body: Body, environ: Mapping[str, str]) -> int:
     """
     read = Reader(environ)
     redact = set_up(read)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         body(read, redact)
     except ConfigError as error:
@@ -162,7 +167,16 @@ def run_role(body: Body, environ: Mapping[str, str]) -> int:
     except Exception as error:  # the last line of defence: a role never dies without saying why
         logger.exception("unexpected %s: %s", type(error).__name__, error)
         return _end(FAILED, redact(f"unexpected {type(error).__name__}: {error}"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return DONE
+
+
+def _terminated(number: int, _frame: FrameType | None) -> None:
+    # The first process of a container ignores what it does not handle. What roles do is safe to stop at any point, so
+    # nothing, such as a transfer that hangs, is waited for.
+    os.write(2, b"stopped by SIGTERM\n")
+    os._exit(128 + number)
 
 
 def _end(code: int, message: str) -> int:

@@ -2,7 +2,9 @@
 
 Environment (empty means unset):
   MODEL_LOCAL_PATH        directory of the model, its parent, or `<dir>/model` where the model is in <dir> itself
-  MLFLOW_MODEL_URI        where to download it from when MODEL_LOCAL_PATH is not set; MLflow's own variables apply
+  MLFLOW_MODEL_URI        where to download it from when MODEL_LOCAL_PATH is not set
+  MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD
+                          the MLflow server of that URI; MLflow's other variables apply as well
   HOST, PORT              where to listen, 0.0.0.0 and 8000; port 0 is any free one
   ROOT_PATH               the prefix under which a proxy shows this server, such as /models/iris
   MODEL_NAME              what to call the model in the log
@@ -47,6 +49,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import darwin_cache
+import darwin_fetch
 import darwin_model
 import darwin_output
 import darwin_protocols as protocols
@@ -83,6 +86,7 @@ class Settings:
     def from_env(cls, read: Reader) -> Settings:
         """Raises `darwin_env.ConfigError` naming every bad variable."""
         path, uri = read.text("MODEL_LOCAL_PATH"), read.text("MLFLOW_MODEL_URI")
+        darwin_fetch.check_access(read, "MLFLOW_MODEL_URI", "" if path else uri)
         if not path and not uri:
             read.problem("MODEL_LOCAL_PATH", "is not set, and MLFLOW_MODEL_URI neither", example="/models")
         root_path = read.text("ROOT_PATH").strip("/")
@@ -311,10 +315,21 @@ def self_test(model: Model) -> str:
     return "it answered its own input example"
 
 
-def check_whole(directory: Path) -> None:
-    """Raise `RoleError` naming each file that is not as it was downloaded, where `download.py` left word of that."""
+def _manifest(directory: Path) -> darwin_cache.Manifest | None:
+    """What `download.py` left word of, in an output or in the cache."""
     record = darwin_output.read(directory)
-    manifest = record.manifest if record else darwin_cache.manifest_of(directory)
+    return record.manifest if record else darwin_cache.manifest_of(directory)
+
+
+def _altered(directory: Path) -> list[str]:
+    """The files whose bytes, of the right number, are not those that were downloaded; reads all of them."""
+    manifest = _manifest(directory)
+    return manifest.altered(directory) if manifest else []
+
+
+def check_whole(directory: Path) -> None:
+    """Raise `RoleError` naming each file that is missing or has not the size that was downloaded."""
+    manifest = _manifest(directory)
     try:
         damage = manifest.damage(directory) if manifest else []
     except OSError as error:
@@ -327,14 +342,17 @@ def load(settings: Settings, directory: Path) -> Model:
     """Find, load and test the model; one that has only a URI is downloaded to `directory`. Raises `RoleError`."""
     path = settings.model_path
     if path is None:
-        import darwin_fetch
-
         darwin_fetch.fetch_model(settings.model_uri, directory)
         path = directory
     found = darwin_model.find_model(path)
     check_whole(found)
     logger.info("loading the model in %s", found)
-    model = darwin_model.load(found, settings.model_config)
+    try:
+        model = darwin_model.load(found, settings.model_config)
+    except RoleError as error:
+        if altered := _altered(found):
+            raise RoleError(f"{error}. {'; '.join(altered)}: delete {found} and run download.py again") from error
+        raise
     outcome = self_test(model)
     logger.info("model %s is ready (%s): %s", settings.model_name or found, ", ".join(model.flavors), outcome)
     return model
@@ -344,7 +362,8 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises `RoleError` naming the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         raise RoleError(f"cannot listen on {_address(host, port)}: {error}") from error
 

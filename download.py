@@ -47,13 +47,7 @@ class Settings:
     def from_env(cls, read: Reader) -> Settings:
         """Raises `darwin_env.ConfigError` naming every bad variable."""
         uri = read.required("MODEL_URI", example=darwin_fetch.MODEL_URI_EXAMPLE)
-        if uri and (why := darwin_fetch.check_uri(uri)):
-            read.problem("MODEL_URI", why, example=darwin_fetch.MODEL_URI_EXAMPLE)
-        tracking_uri = read.text("MLFLOW_TRACKING_URI")
-        if not tracking_uri and darwin_fetch.needs_tracking(uri):
-            read.problem("MLFLOW_TRACKING_URI", f"is needed to resolve {uri}", example="http://mlflow:5000")
-        read.text("MLFLOW_TRACKING_USERNAME")
-        read.text("MLFLOW_TRACKING_PASSWORD")
+        darwin_fetch.check_access(read, "MODEL_URI", uri)
         settings = cls(
             model_uri=uri,
             output_is_default=not read.raw("OUTPUT_PATH"),
@@ -64,7 +58,7 @@ class Settings:
             deployment=read.text("DEPLOYMENT_NAME"),
             link_mode=read.choice("LINK_MODE", "symlink", ("symlink", "copy")),
             pod=read.text("POD_NAME", socket.gethostname()),
-            tracking_uri=tracking_uri,
+            tracking_uri=read.raw("MLFLOW_TRACKING_URI"),
         )
         read.finish()
         return settings
@@ -194,9 +188,8 @@ def run(read: Reader, redact: Redactor) -> None:
     log_settings(read.seen, redact)
     repeats = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     logger.info(
-        "up to %d attempts, %g s and more apart; in each, MLflow itself repeats a failing request %s times",
+        "%d attempts at most; in each, MLflow itself repeats a failing request %s times",
         settings.retry.retries + 1,
-        settings.retry.backoff_seconds,
         read.text(repeats, darwin_mlflow.DEFAULTS[repeats]),
     )
     try:

@@ -8,7 +8,13 @@ from tests.conftest import ROOT
 
 GETTERS = ("text", "required", "choice", "flag", "integer", "number", "raw")
 
-ROLES = {"main": ["darwin_serve.py"], "init": ["download.py"], "cleanup": ["cleanup.py"], "every": ["darwin_log.py"]}
+# Which model to fetch, and from where, is read alike by the roles that fetch one.
+ROLES = {
+    "main": ["darwin_serve.py", "darwin_fetch.py"],
+    "init": ["download.py", "darwin_fetch.py"],
+    "cleanup": ["cleanup.py"],
+    "every": ["darwin_log.py"],
+}
 
 
 def read_by(role: str) -> dict[str, str | None]:

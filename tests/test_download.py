@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -297,7 +298,7 @@ def test_no_tracking_uri(tmp_path: Path) -> None:
         (f"models:/{NAME}/1", {"MLFLOW_TRACKING_PASSWORD": "wrong-password"}, ["401", "MLFLOW_TRACKING_PASSWORD"]),
         (f"models:/{NAME}/99", {}, ["404", "check the name"]),
         ("models:/nothing/1", {}, ["404", "check the name"]),
-        (f"models:/{NAME}@nobody", {}, ["nobody", "not found"]),
+        (f"models:/{NAME}@nobody", {}, ["404", "nobody", "not found"]),
         (f"models:/{NAME}/Archived", {}, ["404", "Archived"]),
         ("runs:/0123456789abcdef0123456789abcdef/model", {}, ["404", "0123456789abcdef"]),
         ("runs:/{run}/no-such-path", {}, ["no MLflow model"]),
@@ -343,6 +344,24 @@ def test_a_user_without_permission(versions: list[Logged], mlflow_server: Tracki
     assert "403" in done.last
     assert "READ permission" in done.last
     assert "trying again" not in done.err
+
+
+def test_it_ends_at_once_when_asked_to(tmp_path: Path) -> None:
+    """Also as a container's first process, which ignores what it does not handle."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "download.py"],
+            env=clean_environ(MODEL_URI="models:/m/1", OUTPUT_PATH=tmp_path / "models", MLFLOW_TRACKING_URI=uri),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert err.endswith("stopped by SIGTERM\n")
 
 
 @pytest.mark.parametrize("fault", [proxy.status(500), proxy.status(503), proxy.cut_short, proxy.dropped])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import darwin_fetch
+from darwin_env import Reader
 from darwin_fetch import Retry, Unreachable
 from darwin_log import RoleError
 from tests.apiserver import ApiServer
@@ -121,6 +122,34 @@ def test_an_untrusted_certificate_is_no_passing_failure(tmp_path: Path, monkeypa
     assert not isinstance(caught.value, Unreachable)
 
 
+def test_a_refused_host_name_is_told_from_a_missing_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b"Invalid Host header - possible DNS rebinding attack detected"
+    with answering(403, body, "text/plain") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+        with pytest.raises(RoleError, match="--allowed-hosts"):
+            darwin_fetch.resolve("models:/m/1")
+
+
+@pytest.mark.parametrize("uri", ["mlflow:5000", "127.0.0.1:9", "host.name:80/prefix"])
+def test_a_tracking_uri_without_a_scheme_is_a_bad_setting(uri: str) -> None:
+    read = Reader({"MLFLOW_TRACKING_URI": uri})
+    darwin_fetch.check_access(read, "MODEL_URI", "models:/m/1")
+    [problem] = read.problems
+    assert f"MLFLOW_TRACKING_URI=http://{uri}" in problem
+
+
+@pytest.mark.parametrize("uri", ["http://mlflow:5000", "https://h/p", "sqlite:////tmp/x.db", "databricks", "/mlruns"])
+def test_other_tracking_uris_are_mlflows_to_judge(uri: str) -> None:
+    read = Reader({"MLFLOW_TRACKING_URI": uri})
+    darwin_fetch.check_access(read, "MODEL_URI", "models:/m/1")
+    assert read.problems == []
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(RoleError, match="nothing is there"):
+        darwin_fetch.resolve(str(tmp_path / "absent"))
+
+
 @pytest.mark.parametrize("uri", ["nonsense://x/y", "ftp://127.0.0.1:1/x"])
 def test_unknown_stores(uri: str) -> None:
     with pytest.raises(RoleError):
@@ -194,10 +223,9 @@ def test_progress_is_one_rewriting_line_on_a_terminal(tmp_path: Path, monkeypatc
         monkeypatch.setattr(darwin_fetch, "TERMINAL_PROGRESS_SECONDS", 0.01)
         half_way(tmp_path, seen)
         monkeypatch.undo()
-        seen()
+        wait_until(lambda: seen() and told.endswith(b"\r\x1b[K"), "the line's end, of which nothing is left")
     os.close(master)
     assert told.startswith(b"\r\x1b[K")
-    assert told.endswith(b"\r\x1b[K"), "nothing is left of it"
     assert b"\n" not in told
 
 

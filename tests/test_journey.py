@@ -128,6 +128,29 @@ def test_a_cache_that_is_not_mounted_is_explained(
 
 
 @pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
+def test_a_file_with_other_bytes_is_named_when_loading_fails(
+    strategy: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    places: dict[str, Any] = {"CACHE_PATH": tmp_path / "cache", "OUTPUT_PATH": tmp_path / "models"}
+    settings = {"MODEL_URI": f"models:/{NAME}/1", "STORAGE_STRATEGY": strategy, **mlflow_server.environ}
+    assert run_role("download.py", **places, **settings).code == 0
+    file = tmp_path / "models" / "model.skops"
+    content = file.read_bytes()
+    file.write_bytes(content[:100] + bytes(len(content) - 200) + content[-100:])
+    done = run_role("darwin_serve.py", MODEL_LOCAL_PATH=tmp_path / "models", PORT=0, HOST="127.0.0.1")
+    assert done.code == 1
+    assert "model.skops is not what was downloaded" in done.last
+    assert "requirements.txt is not" not in done.last
+
+
+def test_a_uri_the_server_can_not_resolve_is_a_bad_setting() -> None:
+    for uri, name in {"models:/m/1": "MLFLOW_TRACKING_URI", "models:/m": "MLFLOW_MODEL_URI"}.items():
+        done = run_role("darwin_serve.py", MLFLOW_MODEL_URI=uri, PORT=0)
+        assert done.code == 2
+        assert f"bad configuration: {name}" in done.err
+
+
+@pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
 def test_a_file_cut_short_after_the_download_is_named(
     strategy: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
 ) -> None:
