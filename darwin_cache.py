@@ -65,6 +65,11 @@ class Manifest:
     def bytes(self) -> int:
         return sum(file.size for file in self.files)
 
+    @classmethod
+    def read(cls, entry: Path) -> Manifest:
+        """The manifest of an entry, wherever it lies. Raises `OSError` or `ValueError`."""
+        return cls.parse((entry / _MANIFEST).read_text(encoding="utf-8"))
+
     def dump(self) -> str:
         return json.dumps({"format": 1, **asdict(self)}, indent=1)
 
@@ -126,10 +131,15 @@ class Entry:
     model_uri: str
 
 
+def model_of(entry: Path) -> Path:
+    """Where the model is in an entry, published or staged."""
+    return entry / _MODEL
+
+
 def manifest_of(model: Path) -> Manifest | None:
     """The manifest of the entry whose model is in the directory `model`; None where that is no entry of a cache."""
     try:
-        return Manifest.parse((model.parent / _MANIFEST).read_text(encoding="utf-8"))
+        return Manifest.read(model.parent)
     except (OSError, ValueError):
         return None
 
@@ -219,7 +229,7 @@ class Cache:
     # Entries
 
     def model(self, key: str) -> Path:
-        return self.root / key / _MODEL
+        return model_of(self.root / key)
 
     def has(self, key: str) -> bool:
         """Whether `key` is taken; `damage` says whether by a whole entry."""
@@ -231,7 +241,7 @@ class Cache:
 
     def manifest(self, key: str) -> Manifest:
         """Raises `OSError` or `ValueError` when it is missing or unreadable."""
-        return Manifest.parse((self.root / key / _MANIFEST).read_text(encoding="utf-8"))
+        return Manifest.read(self.root / key)
 
     def touch(self, key: str) -> None:
         """Note that the entry was needed just now."""
@@ -424,10 +434,10 @@ class Cache:
 
 def _damage(entry: Path) -> list[str]:
     try:
-        manifest = Manifest.parse((entry / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.read(entry)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return [f"{entry / _MANIFEST}: {error}"]
-    return manifest.damage(entry / _MODEL)
+    return manifest.damage(model_of(entry))
 
 
 def _key_of(path: Path) -> str | None:

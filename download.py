@@ -117,7 +117,7 @@ def _cached(cache: Cache, settings: Settings, source: Source) -> str:
     else:
         staging = cache.stage(key)
         try:
-            manifest = _transfer(source, staging / "model", settings.retry)
+            manifest = _transfer(source, darwin_cache.model_of(staging), settings.retry)
             first = cache.publish(staging, key, manifest)
         finally:
             darwin_cache.remove_tree(staging)
