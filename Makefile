@@ -43,7 +43,7 @@ lint: $(READY)  ## Check style, format and types
 
 lock: $(READY)  ## Pin and hash the newest dependencies that pyproject.toml allows
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(COMPILE) pyproject.toml --extra sklearn --group dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml $(addprefix --extra ,$(FLAVORS)) --group dev -o requirements/dev.txt
 	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/runtime.txt
 	for flavor in $(FLAVORS); do \
 	  $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt -o requirements/$$flavor.txt || exit 1; done

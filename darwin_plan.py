@@ -41,9 +41,10 @@ from darwin_cells import (
 class Rows:
     """Parsed input of `count` rows.
 
-    `value` is a dict of one-dimensional columns if `table`, else what the model takes: an array, a dict of arrays, a
-    DataFrame, a list. `index` labels a table's rows, where the request did. `doubtful` input was not checked or holds
-    nulls: if the model fails on it, it may be to blame.
+    A `table` has in `value` a dict of one-dimensional columns or, where all its columns have one type, a matrix, whose
+    columns are called `names`. Else `value` is what the model takes: an array, a dict of arrays, a DataFrame, a list.
+    `index` labels a table's rows, where the request did. `doubtful` input was not checked or holds nulls: if the model
+    fails on it, it may be to blame.
     """
 
     value: Any
@@ -51,11 +52,19 @@ class Rows:
     table: bool = False
     doubtful: bool = False
     index: list[Any] | None = None
+    names: pd.Index[Any] | None = None
 
     def for_model(self) -> Any:
         if not self.table:
             return self.value
-        return pd.DataFrame(self.value, index=pd.RangeIndex(self.count) if self.index is None else self.index)
+        index = pd.RangeIndex(self.count) if self.index is None else self.index
+        return pd.DataFrame(self.value, index=index, columns=self.names, copy=self.names is None)
+
+    def first(self) -> dict[str, Any]:
+        """A table's first row, by name."""
+        if self.names is not None:
+            return {str(name): value for name, value in zip(self.names, self.value[0], strict=True)}
+        return {str(name): values[0] for name, values in self.value.items()}
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,7 @@ class ColumnPlan:
         """`features` for one row: the first of `rows`, or else made up from the types."""
         if rows is None:
             return {column.key: column.cell.sample for column in self.columns}
-        return {str(name): values[0] for name, values in rows.value.items()}
+        return rows.first()
 
     def json_schema(self) -> dict[str, Any]:
         """JSON Schema (draft 2020-12) of `features` for one row."""
