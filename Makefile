@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 STORE := $(CURDIR)/.run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint lock clean
+.PHONY: help setup run test lint bench lock clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
@@ -40,6 +40,9 @@ lint: $(READY)  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)  ## Compare with other servers on two cores, about an hour; ARGS="--cases logistic-32" for some of it
+	$(BIN)/python -m bench $(ARGS)
 
 lock: $(READY)  ## Pin and hash the newest dependencies that pyproject.toml allows
 	$(BIN)/pip install --quiet --disable-pip-version-check uv

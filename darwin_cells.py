@@ -213,10 +213,21 @@ def _integer(name: str, dtype: str) -> Cell:
     )
 
 
+def _largest_exact(dtype: Any) -> float:
+    """Up to here, all integers are numbers of this type."""
+    return float(2.0 ** (np.finfo(dtype).nmant + 1))
+
+
+def hides_digits(array: Array) -> bool:
+    """Whether a number may have been written as another one: an integer too large to be exact, or zero with a sign."""
+    if array.dtype.kind != "f":
+        return False
+    return bool((np.abs(array) >= _largest_exact(array.dtype)).any() or np.signbit(array[array == 0]).any())
+
+
 def _floating(name: str, dtype: str) -> Cell:
     largest = float(np.finfo(dtype).max)
-    # All integers up to here are numbers of this type.
-    exact = min(largest, 2.0 ** (np.finfo(dtype).nmant + 1))
+    exact = _largest_exact(dtype)
     rounded = np.dtype(dtype).type
 
     def convert(value: Any, bad: Bad) -> float:
@@ -489,16 +500,20 @@ def tensor_cell(dtype: np.dtype[Any]) -> Cell:
     return SCALARS["boolean"] if dtype.kind == "b" else _ANY
 
 
-def parse_column(cell: Cell, values: Sequence[Any], required: bool, report: Report, place: Place) -> Array | None:
-    """`values` as an array; None if the column is optional and not there, or if `report` has something to say."""
+def in_bulk(cell: Cell, values: Sequence[Any], report: Report) -> Array | None:
+    """`values` as an array, or None if some need a look of their own."""
     types = set(map(type, values))
     report.nulls = report.nulls or type(None) in types or type(MISSING) in types
-    if types <= cell.plain:
-        array = cell.bulk(values)
-        if array is not None:
-            return array
+    return cell.bulk(values) if types <= cell.plain else None
+
+
+def parse_column(cell: Cell, values: Sequence[Any], required: bool, report: Report, place: Place) -> Array | None:
+    """`values` as an array; None if the column is optional and not there, or if `report` has something to say."""
+    array = in_bulk(cell, values, report)
+    if array is not None:
+        return array
     if not required:
-        if types == {type(MISSING)}:
+        if all(value is MISSING for value in values):
             return None
         values = [None if value is MISSING else value for value in values]
         # Integers have no null, so a column of nothing else can only stand for no column.

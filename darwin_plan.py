@@ -11,13 +11,15 @@ import csv
 import io
 import itertools
 import math
+import operator
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import orjson
 import pandas as pd
 
 from darwin_cells import (
@@ -30,6 +32,8 @@ from darwin_cells import (
     Spec,
     below,
     cell_of,
+    hides_digits,
+    in_bulk,
     or_null,
     parse_column,
     refuse,
@@ -41,10 +45,11 @@ from darwin_cells import (
 class Rows:
     """Parsed input of `count` rows.
 
-    A `table` has in `value` a dict of one-dimensional columns or, where all its columns have one type, a matrix, whose
-    columns are called `names`. Else `value` is what the model takes: an array, a dict of arrays, a DataFrame, a list.
+    A `table` has in `value` a dict of one-dimensional columns or, where all its columns have one numeric type, a
+    matrix whose columns are called `names`. Else `value` is what the model takes: an array, a DataFrame, a list, …
     `index` labels a table's rows, where the request did. `doubtful` input was not checked or holds nulls: if the model
-    fails on it, it may be to blame.
+    fails on it, it may be to blame. A table that is not `complete` lacks an optional column. `kind` is equal for rows
+    that may be predicted `together` without any of them seeing a difference, None for rows that stay alone.
     """
 
     value: Any
@@ -53,6 +58,8 @@ class Rows:
     doubtful: bool = False
     index: list[Any] | None = None
     names: pd.Index[Any] | None = None
+    complete: bool = True
+    kind: Hashable | None = None
 
     def for_model(self) -> Any:
         if not self.table:
@@ -65,6 +72,41 @@ class Rows:
         if self.names is not None:
             return {str(name): value for name, value in zip(self.names, self.value[0], strict=True)}
         return {str(name): values[0] for name, values in self.value.items()}
+
+    def matrix(self) -> Array | None:
+        """A number for each row and column of the signature, in its order; None if there is anything but numbers."""
+        if self.table and self.names is None:
+            columns = list(self.value.values())
+            numbers = self.complete and all(column.dtype.kind in "iuf" for column in columns)
+            return _stack(columns) if numbers else None
+        numbers = type(self.value) is np.ndarray and self.value.ndim == 2 and self.value.dtype.kind in "iuf"
+        return self.value if numbers else None
+
+
+def together(parts: Sequence[Rows]) -> Rows:
+    """The rows of all `parts`, which have one `kind`, in their order."""
+    first, values = parts[0], [part.value for part in parts]
+    value: Any = (
+        {name: np.concatenate([arrays[name] for arrays in values]) for name in first.value}
+        if type(first.value) is dict
+        else np.concatenate(values)
+    )
+    doubtful = any(part.doubtful for part in parts)
+    return replace(first, value=value, count=sum(part.count for part in parts), doubtful=doubtful)
+
+
+def _stack(columns: Sequence[Array]) -> Array:
+    # What np.column_stack() makes, in a third of the time.
+    return np.ascontiguousarray(np.concatenate(columns).reshape(len(columns), -1).T)
+
+
+def _look(column: Array) -> str:
+    """The type that `column` will have in a DataFrame, where columns of one type stay of that type when joined."""
+    if column.dtype.hasobject:
+        types = set(map(type, column.tolist()))
+        # Of such a column, pandas makes one of strings.
+        return "text" if str in types and types <= {str, type(None)} else "objects"
+    return column.dtype.char
 
 
 @dataclass(frozen=True)
@@ -92,6 +134,8 @@ def _need_rows(rows: Any, expected: str) -> list[Any]:
 
 def _need_lists(rows: Sequence[Any], width: int) -> None:
     """Raise `InputError` unless each row is a list of `width` values."""
+    if set(map(type, rows)) == {list} and set(map(len, rows)) == {width}:
+        return
     report = Report()
     for index, row in enumerate(rows):
         if type(row) is not list:
@@ -102,6 +146,8 @@ def _need_lists(rows: Sequence[Any], width: int) -> None:
 
 
 def _need_objects(rows: Sequence[Any]) -> None:
+    if set(map(type, rows)) == {dict}:
+        return
     report = Report()
     for index, row in enumerate(rows):
         if type(row) is not dict:
@@ -110,9 +156,9 @@ def _need_objects(rows: Sequence[Any]) -> None:
 
 
 def _need_names(columns: Any) -> list[str]:
-    if type(columns) is not list or any(isinstance(name, (list, dict)) for name in columns):
+    if type(columns) is not list or {list, dict} & set(map(type, columns)):
         raise refuse("a list of column names", columns)
-    names = [str(name) for name in columns]
+    names = list(map(str, columns))
     if len(set(names)) < len(names):
         twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise refuse("column names that differ", columns, f"more than once: {', '.join(twice)[:200]}")
@@ -123,6 +169,12 @@ def _need_labels(index: Any, count: int) -> list[Any] | None:
     if index is not None and (type(index) is not list or len(index) != count or {list, dict} & set(map(type, index))):
         raise refuse(f"index: a list of {count} labels, as many as rows", index)
     return index
+
+
+def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """What takes the values at `keys` from a row. Raises `KeyError` for one that isn't there."""
+    # With one key, itemgetter() takes a bare value.
+    return operator.itemgetter(*keys) if len(keys) > 1 else lambda row: (row[keys[0]],)
 
 
 def _read_csv(text: str) -> tuple[list[str], list[list[str]]]:
@@ -151,41 +203,49 @@ class ColumnPlan:
         )
         # With these, MLflow takes an object of lists for one row.
         self._row_of_lists = any(spec["type"] in ("array", "object") for spec in specs)
+        self._keys = [column.key for column in self.columns]
+        self._distinct = len(set(self._keys)) == len(specs)
+        of_type: dict[str, list[int]] = {}
+        for index, column in enumerate(self.columns):
+            of_type.setdefault(column.cell.name, []).append(index)
+        self._groups = [indices for indices in of_type.values() if len(indices) > 1]
+        # Columns of one numeric type make a matrix, called this.
+        uniform = self._distinct and len(of_type) == 1 and int in self.columns[0].cell.plain
+        self._names = pd.DataFrame({column.name: [] for column in self.columns}).columns if uniform else None
+        self._kind = f"{'matrix' if uniform else 'table'} of {specs}"
         self.inputs = describe(specs)
 
     def records(self, rows: Any) -> Rows:
         """`[{"a": 1, "b": 2}, …]`: an object per row."""
         rows = _need_rows(rows, "a list of at least one object")
         _need_objects(rows)
-        keys = self._keys_by_position(list(rows[0]))
-        cells: list[Sequence[Any]] = []
-        for key in keys:
-            try:
-                cells.append([row[key] for row in rows])
-            except KeyError:
-                cells.append([row.get(key, MISSING) for row in rows])
-        return self._table(cells, len(rows))
+        keys = self._keys_by_position(rows[0])
+        try:
+            picked = list(map(_picker(keys), rows))
+        except KeyError:
+            return self._table([[row.get(key, MISSING) for row in rows] for key in keys], len(rows))
+        return self._rows(picked)
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         """`["a", "b"]` and `[[1, 2], …]`: names once, then a list per row; without names, by position."""
         data = _need_rows(data, "data: a list of at least one row")
-        if columns is None:
+        if columns is None or (columns == self._keys and self._distinct):
             rows = self.positional(data)
         else:
             names = _need_names(columns)
             _need_lists(data, len(names))
             rows = self._split(names, list(zip(*data, strict=True)), len(data))
-        return replace(rows, index=_need_labels(index, rows.count))
+        return rows if index is None else replace(rows, index=_need_labels(index, rows.count), kind=None)
 
     def positional(self, rows: list[Any]) -> Rows:
         """`[[1, 2], …]`: a list per row, in the signature's order."""
         _need_lists(rows, len(self.columns))
-        return self._table(list(zip(*rows, strict=True)), len(rows))
+        return self._rows(rows)
 
     def arrays(self, columns: Mapping[str, Any]) -> Rows:
         """`{"a": [1, …], "b": [2, …]}`: a list per column, all equally long."""
         report = Report()
-        wanted = {column.key for column in self.columns}
+        wanted = set(self._keys)
         used = {name: part for name, part in columns.items() if name in wanted or not self.named}
         lengths = {name: len(part) for name, part in used.items() if type(part) is list}
         count = max(lengths.values(), default=0)
@@ -232,6 +292,9 @@ class ColumnPlan:
 
     def csv(self, text: str) -> Rows:
         """CSV whose first row names the columns. An empty cell is null."""
+        numbers = self._csv_of_numbers(text)
+        if numbers is not None:
+            return numbers
         names, rows = _read_csv(text)
         parsers = dict(zip(self._keys_by_position(names), (c.cell.from_text for c in self.columns), strict=True))
         cells = [
@@ -239,6 +302,34 @@ class ColumnPlan:
             for name, texts in zip(names, zip(*rows, strict=True), strict=True)
         ]
         return self._split(names, cells, len(rows))
+
+    def _csv_of_numbers(self, text: str) -> Rows | None:
+        """What `csv` makes of `text`, read as JSON; None if they could differ, or it makes no matrix."""
+        if self._names is None:
+            return None
+        header, _, body = (text.replace("\r\n", "\n") if "\r" in text else text).partition("\n")
+        if not header or any(char in header for char in '"\r\0') or any(char in body for char in "\rn"):
+            return None
+        names = header.split(",")
+        where = {name: index for index, name in enumerate(names)}
+        order = [where.get(key, -1) for key in self._keys_by_position(names)]
+        if len(where) < len(names) or -1 in order:
+            return None
+        try:
+            cells = orjson.loads(b"[" + body.rstrip("\n").encode().replace(b"\n", b",null,") + b",null]")
+        except ValueError:
+            return None
+        # The nulls are ours: if they are where lines of this length end, and nowhere else, all lines have it.
+        ends = cells[len(names) :: len(names) + 1]
+        if ends != [None] * len(ends):
+            return None
+        del cells[len(names) :: len(names) + 1]
+        report = Report()
+        array = in_bulk(self.columns[0].cell, cells, report)
+        if array is None or report.nulls or hides_digits(array):
+            return None
+        matrix = array.reshape(-1, len(names))
+        return self._matrix(matrix if order == [*range(len(names))] else matrix.take(order, axis=1), report)
 
     def sample(self, rows: Rows | None) -> Any:
         """`features` for one row: the first of `rows`, or else made up from the types."""
@@ -255,11 +346,20 @@ class ColumnPlan:
             "required": [column.key for column in self.columns if column.required],
         }
 
-    def _keys_by_position(self, given: list[str]) -> list[str]:
-        keys = [column.key for column in self.columns]
-        if self.named or set(keys) <= set(given):
-            return keys
-        return given[: len(keys)] + keys[len(given) :]
+    def _keys_by_position(self, given: Iterable[str]) -> list[str]:
+        if self.named or set(self._keys) <= set(given):
+            return self._keys
+        names = list(given)[: len(self._keys)]
+        return names + self._keys[len(names) :]
+
+    def _rows(self, rows: Sequence[Sequence[Any]]) -> Rows:
+        """`rows` hold a value for each column of the signature."""
+        if self._names is not None:
+            report = Report()
+            array = in_bulk(self.columns[0].cell, [*itertools.chain.from_iterable(rows)], report)
+            if array is not None:
+                return self._matrix(array.reshape(len(rows), -1), report)
+        return self._table(list(zip(*rows, strict=True)), len(rows))
 
     def _split(self, names: list[str], cells: Sequence[Sequence[Any]], count: int) -> Rows:
         by_name = dict(zip(names, cells, strict=True))
@@ -268,16 +368,35 @@ class ColumnPlan:
     def _table(self, cells: Sequence[Sequence[Any] | None], count: int) -> Rows:
         """`cells` holds a column's values, or None, for each column of the signature."""
         report = Report()
+        # Columns of one type are checked and converted as one, if no cell needs a closer look.
+        ready: dict[int, Array] = {}
+        for indices in self._groups:
+            given = [values for index in indices if (values := cells[index]) is not None]
+            if len(given) < len(indices):
+                continue
+            block = in_bulk(self.columns[indices[0]].cell, [*itertools.chain.from_iterable(given)], report)
+            if block is not None and self._names is not None:
+                return self._matrix(np.ascontiguousarray(block.reshape(-1, count).T), report)
+            if block is not None:
+                ready.update(zip(indices, block.reshape(-1, count), strict=True))
         columns: dict[str | int, Array] = {}
-        for column, values in zip(self.columns, cells, strict=True):
-            if values is not None:
+        for index, (column, values) in enumerate(zip(self.columns, cells, strict=True)):
+            array = ready.get(index)
+            if array is None and values is not None:
                 array = parse_column(column.cell, values, column.required, report, column.place)
-                if array is not None:
-                    columns[column.name] = array
-            elif column.required:
+            elif array is None and column.required:
                 report.missing(None, column.key, column.cell.name)
+            if array is not None:
+                columns[column.name] = array
         report.finish()
-        return Rows(columns, count, table=True, doubtful=report.nulls)
+        complete = len(columns) == len(self.columns)
+        if self._names is not None and complete:
+            return self._matrix(_stack(list(columns.values())), report)
+        kind = (self._kind, *columns, *map(_look, columns.values()))
+        return Rows(columns, count, True, report.nulls, complete=complete, kind=kind)
+
+    def _matrix(self, value: Array, report: Report) -> Rows:
+        return Rows(value, len(value), True, report.nulls, names=self._names, kind=self._kind)
 
 
 @dataclass(frozen=True)
@@ -444,9 +563,12 @@ class TensorPlan:
             else:
                 report.missing(None, tensor.key, f"{tensor.dtype.name} of shape {list(tensor.shape)}")
         report.finish()
-        first = next(iter(arrays.values()))
-        assert first is not None
-        return Rows(arrays if self.named else first, len(first) if first.ndim else 1, doubtful=report.nulls)
+        made = {name: array for name, array in arrays.items() if array is not None}
+        first = next(iter(made.values()))
+        count = len(first) if first.ndim else 1
+        in_rows = all(tensor.batched and len(made[tensor.key]) == count for tensor in self.tensors)
+        kind = tuple((t.key, made[t.key].dtype, made[t.key].shape[1:]) for t in self.tensors) if in_rows else None
+        return Rows(made if self.named else first, count, doubtful=report.nulls, kind=kind)
 
 
 def _depth(value: Any) -> int:

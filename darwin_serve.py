@@ -10,6 +10,12 @@ Environment (empty means unset):
   MODEL_NAME              what to call the model in the log
   REQUEST_TIMEOUT_SECONDS how long a prediction may take, waiting included; by default MLflow's
                           MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT, else 60
+  WORKERS                 processes that predict; by default as many as the container may use CPUs
+  BATCHING                auto, on or off: put requests that wait together; auto where the model's rows are independent
+  MAX_BATCH_ROWS, MAX_QUEUE_ROWS
+                          rows that go to the model at once, 256, and that may wait, 100000
+  FAST_PATH               auto or off: call the model directly where that is proven to answer what MLflow answers
+  DRAIN_SECONDS           how long requests are still taken after SIGTERM, while /ready says no; 5
   SERVING_MODEL_CONFIG    JSON object, the model_config of MLflow models that read one
   LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME
                           info; text or json (json unless ENV is local, dev or development); a name for each line
@@ -22,49 +28,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import math
 import os
-import queue
 import signal
 import socket
 import sys
 import tempfile
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-import darwin_cache
 import darwin_fetch
-import darwin_model
-import darwin_output
-import darwin_protocols as protocols
-from darwin_cells import InputError
+import darwin_workers
+from darwin_cpus import cpu_limit, share_cpus
 from darwin_env import Reader
 from darwin_log import Redactor, RoleError, log_settings, run_role
-from darwin_model import Model, PredictionFailed, Refused
-from darwin_protocols import Malformed, NotReady, Reply, TooSlow, Unsupported, Unwritable
 
-T = TypeVar("T")
-
-# A larger body is parsed beside the event loop, which must go on answering probes.
-PARSE_ASIDE_BYTES = 64 * 1024
+if TYPE_CHECKING:
+    # At run time they are imported in functions, after the number of threads was set that numpy reads at import.
+    from darwin_app import Service
+    from darwin_model import Model
 
 BACKLOG = 2048
+
+# How long to wait for the request of a client that has just connected when this process stops accepting.
+LINGER_SECONDS = 1.0
+
+# What a process needs, beyond answering its last request and draining, to end.
+SPARE_SECONDS = 5.0
+
+# How `supervise` starts a worker that loads by itself: with this, the listener's file descriptor and the channel's.
+WORKER = "--worker"
 
 logger = logging.getLogger("darwin.serve")
 
@@ -81,6 +85,12 @@ class Settings:
     port: int
     root_path: str
     request_timeout: float
+    workers: int
+    batching: str
+    batch_rows: int
+    queue_rows: int
+    fast_path: bool
+    drain_seconds: float
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
@@ -100,6 +110,12 @@ class Settings:
             port=read.integer("PORT", 8000, least=0, most=65535),
             root_path=f"/{root_path}" if root_path else "",
             request_timeout=read.number("REQUEST_TIMEOUT_SECONDS", timeout, least=0.001),
+            workers=read.integer("WORKERS", cpu_limit(), least=1),
+            batching=read.choice("BATCHING", "auto", ("auto", "on", "off")),
+            batch_rows=read.integer("MAX_BATCH_ROWS", 256, least=1),
+            queue_rows=read.integer("MAX_QUEUE_ROWS", 100_000, least=1),
+            fast_path=read.choice("FAST_PATH", "auto", ("auto", "off")) == "auto",
+            drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
         )
         read.finish()
         return settings
@@ -120,244 +136,6 @@ def _model_config(read: Reader) -> dict[str, Any]:
     return config
 
 
-class InferenceThread:
-    """One thread that runs what it is given, in order. It never keeps the process from ending."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="inference", daemon=True).start()
-
-    def submit(self, job: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._jobs.put((future, job))
-        return future
-
-    def _work(self) -> None:
-        while True:
-            future, job = self._jobs.get()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(job())
-                except BaseException as error:  # whatever it is, the one waiting must hear of it
-                    future.set_exception(error)
-
-
-class Service:
-    """The model behind the routes: absent until it has loaded and answered its own input example."""
-
-    def __init__(self, request_timeout: float) -> None:
-        self.request_timeout = request_timeout
-        self.inference = InferenceThread()
-        self.draining = False
-        self.schema = Reply(503, b"")
-        self._model: Model | None = None
-
-    def use(self, model: Model) -> None:
-        """From now on, answer with `model`."""
-        # Once, for the input example can be large.
-        self.schema = protocols.schema(model.plan, model.outputs, example_rows(model))
-        self._model = model
-
-    @property
-    def model(self) -> Model:
-        """Raises `NotReady` until there is one."""
-        if self._model is None:
-            raise NotReady("the model is still loading")
-        return self._model
-
-    async def predict(self, request: protocols.Request, write: Callable[[Any], bytes]) -> bytes:
-        """The model's answer as `write` puts it. Raises what `Model.predict` does, `Unwritable` and `TooSlow`."""
-        model = self.model
-        future = self.inference.submit(lambda: write(model.predict(request.rows, request.params)))
-        try:
-            # Cancelling the wait also takes a job that has not begun off the queue.
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.request_timeout)
-        except (asyncio.TimeoutError, TimeoutError):  # two classes until Python 3.11
-            raise TooSlow(f"no answer within {self.request_timeout:g} seconds") from None
-
-
-# Routes
-
-# What went wrong was the client's or the model's doing, and has been told to the client.
-EXPECTED = (InputError, Malformed, Unsupported, Refused, NotReady)
-
-Handler = Callable[[HttpRequest], Awaitable[Response]]
-
-
-def make_app(service: Service, root_path: str = "") -> ASGIApp:
-    """The HTTP application. It works behind a proxy that strips `root_path` and behind one that doesn't."""
-
-    async def predict(request: HttpRequest) -> Response:
-        body, model = await request.body(), service.model
-        parsed = await _parse(body, lambda: protocols.read_predict(body, model.plan, model.params))
-        return Response(await service.predict(parsed, protocols.write_scores), media_type=protocols.JSON)
-
-    async def invocations(request: HttpRequest) -> Response:
-        body, model = await request.body(), service.model
-        kind = request.headers.get("content-type")
-        parsed = await _parse(body, lambda: protocols.read_invocations(body, kind, model.plan, model.params))
-        return Response(await service.predict(parsed, protocols.write_predictions), media_type=protocols.JSON)
-
-    async def schema(_: HttpRequest) -> Response:
-        assert service.model
-        return _response(service.schema)
-
-    async def livez(_: HttpRequest) -> Response:
-        return _json({"status": "alive"})
-
-    async def ready(_: HttpRequest) -> Response:
-        if service.draining:
-            raise NotReady("the server is shutting down")
-        assert service.model
-        return _json({"status": "ready", "model_loaded": True})
-
-    async def healthcheck(_: HttpRequest) -> Response:
-        assert service.model
-        return _json({"status": "SUCCESS", "message": "OK"})
-
-    async def ping(_: HttpRequest) -> Response:
-        assert service.model
-        return Response("\n", media_type=protocols.JSON)
-
-    async def version(_: HttpRequest) -> Response:
-        return Response(darwin_model.mlflow_version(), media_type=protocols.TEXT)
-
-    def darwin_failure(error: Exception) -> Reply:
-        inputs = () if isinstance(error, NotReady) else service.model.plan.inputs
-        return protocols.darwin_failure(error, inputs)
-
-    routes: list[tuple[str, str, Handler, Callable[[Exception], Reply]]] = [
-        ("POST", "/predict", predict, darwin_failure),
-        ("GET", "/schema", schema, darwin_failure),
-        ("GET", "/livez", livez, darwin_failure),
-        ("GET", "/ready", ready, darwin_failure),
-        ("GET", "/healthcheck", healthcheck, darwin_failure),
-        ("GET", "/health", healthcheck, darwin_failure),
-        ("POST", "/invocations", invocations, protocols.mlflow_failure),
-        ("GET", "/ping", ping, protocols.mlflow_failure),
-        ("GET", "/version", version, protocols.mlflow_failure),
-    ]
-    app = Starlette(
-        routes=[Route(path, _speaking(handler, word), methods=[verb]) for verb, path, handler, word in routes],
-        exception_handlers={HTTPException: _http_error},
-    )
-
-    async def rooted(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "root_path": root_path} if root_path else scope, receive, send)
-
-    return rooted
-
-
-def _speaking(handler: Handler, word: Callable[[Exception], Reply]) -> Handler:
-    """`handler`, with every exception answered in its protocol's words."""
-
-    async def handle(request: HttpRequest) -> Response:
-        try:
-            return await handler(request)
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
-        except Exception as error:
-            if isinstance(error, TooSlow):
-                logger.warning("%s: %s", request.url.path, error)
-            elif not isinstance(error, EXPECTED):
-                logger.error("%s failed: %s", request.url.path, error, exc_info=error)
-            return _response(word(error))
-
-    return handle
-
-
-async def _parse(body: bytes, read: Callable[[], protocols.Request]) -> protocols.Request:
-    return read() if len(body) <= PARSE_ASIDE_BYTES else await asyncio.to_thread(read)
-
-
-async def _http_error(_: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    body = protocols.dump({"detail": error.detail})
-    return Response(body, error.status_code, error.headers, protocols.JSON)
-
-
-def _json(body: Mapping[str, Any]) -> Response:
-    return Response(protocols.dump(body), media_type=protocols.JSON)
-
-
-def _response(reply: Reply) -> Response:
-    return Response(reply.body, reply.status, media_type=reply.media_type)
-
-
-# Start-up
-
-
-def example_rows(model: Model) -> Any:
-    """The model's own input example, if it has one and our parsers take it."""
-    if model.example is None:
-        return None
-    try:
-        return protocols.read_invocations(model.example, protocols.JSON, model.plan, model.params).rows
-    except (Malformed, InputError):
-        return None
-
-
-def self_test(model: Model) -> str:
-    """Have `model` answer its own input example; say in a few words what was done. Raises `RoleError` if it can't."""
-    if model.example is None:
-        return "it has no input example to test it with"
-    try:
-        request = protocols.read_invocations(model.example, protocols.JSON, model.plan, model.params)
-    except (Malformed, InputError) as error:
-        logger.warning("the model's input example cannot be sent as a request: %s", error)
-        request = None
-    try:
-        protocols.write_predictions(
-            model.predict(request.rows, request.params) if request else model.predict_own_example()
-        )
-    except (Refused, PredictionFailed, Unwritable) as error:
-        raise RoleError(f"the model in {model.directory} fails on its own input example: {error}") from error
-    return "it answered its own input example"
-
-
-def _manifest(directory: Path) -> darwin_cache.Manifest | None:
-    """What `download.py` left word of, in an output or in the cache."""
-    record = darwin_output.read(directory)
-    return record.manifest if record else darwin_cache.manifest_of(directory)
-
-
-def _altered(directory: Path) -> list[str]:
-    """The files whose bytes, of the right number, are not those that were downloaded; reads all of them."""
-    manifest = _manifest(directory)
-    return manifest.altered(directory) if manifest else []
-
-
-def check_whole(directory: Path) -> None:
-    """Raise `RoleError` naming each file that is missing or has not the size that was downloaded."""
-    manifest = _manifest(directory)
-    try:
-        damage = manifest.damage(directory) if manifest else []
-    except OSError as error:
-        raise RoleError(f"the model in {directory} cannot be read: {error}") from error
-    if damage:
-        raise RoleError(f"the model is damaged: {'; '.join(damage)}. Run download.py again, which replaces it")
-
-
-def load(settings: Settings, directory: Path) -> Model:
-    """Find, load and test the model; one that has only a URI is downloaded to `directory`. Raises `RoleError`."""
-    path = settings.model_path
-    if path is None:
-        darwin_fetch.fetch_model(settings.model_uri, directory)
-        path = directory
-    found = darwin_model.find_model(path)
-    check_whole(found)
-    logger.info("loading the model in %s", found)
-    try:
-        model = darwin_model.load(found, settings.model_config)
-    except RoleError as error:
-        if altered := _altered(found):
-            raise RoleError(f"{error}. {'; '.join(altered)}: delete {found} and run download.py again") from error
-        raise
-    outcome = self_test(model)
-    logger.info("model %s is ready (%s): %s", settings.model_name or found, ", ".join(model.flavors), outcome)
-    return model
-
-
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises `RoleError` naming the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -373,62 +151,183 @@ def _address(host: str, port: int) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, telling `service` as soon as a signal asks it to stop."""
+    """uvicorn, which after SIGTERM goes on taking requests for `drain_seconds` while `service` says it is not ready."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, drain_seconds: float, closed: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self.service = service
+        self.closed = closed
+        self.drain_seconds = drain_seconds
+        self.stop_at = math.inf
+        self.hung = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at SIGTERM once there is a model; stop at once at SIGINT and at a second signal."""
+        drain = sig == signal.SIGTERM and self.drain_seconds and self.service.loaded and not self.service.draining
         self.service.draining = True
-        super().handle_exit(sig, frame)
+        if drain:
+            logger.info("draining: requests are still taken for %g s", self.drain_seconds)
+            self.stop_at = time.monotonic() + self.drain_seconds
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or time.monotonic() >= self.stop_at
+
+    def give_up(self) -> None:
+        """End, because the model does not."""
+        self.hung = self.should_exit = self.service.draining = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, and answer also those who were accepted but whose request has not arrived yet."""
+        for server in self.servers:
+            server.close()
+        for listener in sockets or ():
+            listener.close()
+        self.closed()
+        end = time.monotonic() + LINGER_SECONDS
+        while time.monotonic() < end:
+            await asyncio.sleep(0.01)
+            if all(getattr(connection, "cycle", True) for connection in self.server_state.connections):
+                break
+        await super().shutdown(sockets)
+
+
+def make_server(settings: Settings, closed: Callable[[], None] = lambda: None) -> Server:
+    """A server without a model yet, which signals stop from now on. It calls `closed` once it accepts no more."""
+    from darwin_app import Service, make_app
+    from darwin_batching import Limits
+
+    service = Service(Limits(settings.batch_rows, settings.queue_rows, settings.request_timeout))
+    config = uvicorn.Config(
+        make_app(service, settings.root_path),
+        loop="uvloop",
+        http="httptools",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        # A client that stops half-way through its request must not hold up the end.
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout) + 1,
+    )
+    server = Server(config, service, settings.drain_seconds, closed)
+    # Until uvicorn handles these itself, and afterwards, when it raises them again for whoever handled them before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
+    return server
+
+
+def run(server: Server, listener: socket.socket) -> None:
+    """Serve until a signal comes. Raises `RoleError` if the model hangs."""
+    server.run(sockets=[listener])
+    if not server.started:
+        raise RoleError("the HTTP server did not start")
+    if server.hung:
+        raise RoleError(f"the model did not answer within {2 * server.service.limits.timeout:g} s: it hangs")
+
+
+def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Future[None]:
+    """On its inference thread, have `server` use the model from `get`, once that has answered its own example."""
+    import darwin_startup
+
+    def start() -> None:
+        model = darwin_startup.make_ready(get(), settings.model_name, fast_path=settings.fast_path)
+        batching = settings.batching == "on" or (settings.batching == "auto" and model.batchable)
+        server.service.use(model, batching=batching, on_hang=server.give_up)
+        # What is here stays; collecting it stops everything for a third of a second each time.
+        gc.freeze()
+
+    return server.service.inference.submit(start)
+
+
+def fetch(settings: Settings, directory: Path) -> None:
+    """Download a model that has only a URI to `directory`. Raises `RoleError`."""
+    if settings.model_path is None:
+        darwin_fetch.fetch_model(settings.model_uri, directory)
+
+
+def load(settings: Settings, directory: Path) -> Model:
+    """The model, after `fetch`; it is not run yet. Raises `RoleError`."""
+    import darwin_startup
+
+    return darwin_startup.load(settings.model_path or directory, "", directory, settings.model_config)
+
+
+def work(settings: Settings, listener: socket.socket, get: Callable[[], Model], ready: Callable[[], None]) -> None:
+    """Serve the model from `get`, calling `ready` once it has answered its own example. Raises `RoleError`."""
+    server = make_server(settings)
+    begin(server, settings, get).result()
+    ready()
+    run(server, listener)
+
+
+def serve_alone(settings: Settings, directory: Path) -> None:
+    """Load and serve in this very process. Raises `RoleError`."""
+    server = make_server(settings)
+    with listening(settings) as listener:
+
+        def get() -> Model:
+            fetch(settings, directory)
+            return load(settings, directory)
+
+        def started(loading: Future[None]) -> None:
+            if loading.exception():
+                server.should_exit = True
+
+        loading = begin(server, settings, get)
+        loading.add_done_callback(started)
+        run(server, listener)
+        if loading.done() and (error := loading.exception()):
+            raise error
+
+
+def serve_together(settings: Settings, directory: Path) -> None:
+    """Load once, and serve from several processes. Raises `RoleError`."""
+    # What all need is imported once; and what it starts is there before there is a model to blame for it.
+    import darwin_app  # noqa: F401
+
+    with darwin_workers.signals() as arriving, listening(settings) as listener:
+        job = darwin_workers.Job(
+            listener=listener,
+            wait=lambda closed: run(make_server(settings, closed), listener),
+            fetch=lambda: fetch(settings, directory),
+            load=lambda: load(settings, directory),
+            work=lambda model, ready: work(settings, listener, lambda: model, ready),
+            command=[sys.executable, str(Path(__file__).resolve()), WORKER],
+            environ={**os.environ, "MODEL_LOCAL_PATH": str(settings.model_path or directory)},
+            stop_seconds=settings.drain_seconds + settings.request_timeout + SPARE_SECONDS,
+        )
+        darwin_workers.supervise(settings.workers, job, arriving)
 
 
 def serve(read: Reader, redact: Redactor) -> None:
     """Serve until a signal comes. Raises `RoleError` if the model, or the port, can't be had."""
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
-    # Its INFO lines say again what ours say.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(_temporary_directory(settings)))
-        service = Service(settings.request_timeout)
-        config = uvicorn.Config(
-            make_app(service, settings.root_path),
-            loop="uvloop",
-            http="httptools",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            # A client that stops half-way through its request must not hold up the end.
-            timeout_graceful_shutdown=math.ceil(settings.request_timeout) + 1,
-        )
-        server = Server(config, service)
-        # Until uvicorn handles these itself, and afterwards, when it raises them again for whoever handled them before.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.handle_exit)
-        listener = stack.enter_context(bind(settings.host, settings.port))
-        logger.info("listening on http://%s", _address(settings.host, listener.getsockname()[1]))
+    share_cpus(settings.workers, cpu_limit(), os.environ)
+    with temporary_directory(settings) as directory:
+        (serve_alone if settings.workers == 1 else serve_together)(settings, Path(directory))
+    logger.info("stopped")
 
-        def start() -> None:
-            service.use(load(settings, directory))
 
-        def started(loading: Future[None]) -> None:
-            if loading.exception():
-                server.should_exit = True
-
-        loading = service.inference.submit(start)
-        loading.add_done_callback(started)
-        server.run(sockets=[listener])
-        if loading.done() and (error := loading.exception()):
-            raise error
-        if not server.started:
-            raise RoleError("the HTTP server did not start")
-        logger.info("stopped")
+def serve_as_worker(read: Reader, _: Redactor) -> None:
+    """Be a worker that loads by itself, on behalf of `serve_together` in another process."""
+    settings = Settings.from_env(read)
+    listener, channel = (socket.socket(fileno=int(number)) for number in sys.argv[2:])
+    listener.set_inheritable(False)
+    sys.exit(darwin_workers.attend(channel, partial(work, settings, listener, lambda: load(settings, Path()))))
 
 
 @contextlib.contextmanager
-def _temporary_directory(settings: Settings) -> Iterator[str]:
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    with bind(settings.host, settings.port) as listener:
+        logger.info("listening on http://%s", _address(settings.host, listener.getsockname()[1]))
+        yield listener
+
+
+@contextlib.contextmanager
+def temporary_directory(settings: Settings) -> Iterator[str]:
     if settings.model_path is not None:
         yield ""
         return
@@ -437,7 +336,9 @@ def _temporary_directory(settings: Settings) -> Iterator[str]:
 
 
 def main(environ: Mapping[str, str] = os.environ) -> int:
-    return run_role(serve, environ)
+    # Its INFO lines say again what ours say.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    return run_role(serve_as_worker if sys.argv[1:2] == [WORKER] else serve, environ)
 
 
 if __name__ == "__main__":

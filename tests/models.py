@@ -282,6 +282,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
         },
     ),
     "any_length": _python(Dtypes, [TensorSpec(np.dtype("int32"), (-1, -1))]),
+    "words": _python(Dtypes, [TensorSpec(np.dtype("str"), (-1, 2))]),
     "answers": _python(Answers, [ColSpec("string", "form")]),
     "untyped_answers": _python(Answers, None),
     "untyped": _python(Dtypes, None),

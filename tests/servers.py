@@ -62,8 +62,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(path: Path | None = None, *, wait: bool = True, **env: object) -> Iterator[Served]:
-    """`python darwin_serve.py` on a free port, ready to predict; it must end with 0 when asked to.
+def serving(path: Path | None = None, *, wait: bool = True, code: int = 0, **env: object) -> Iterator[Served]:
+    """`python darwin_serve.py` on a free port, ready to predict; it must end with `code` when asked to.
 
     With `wait=False` it may still be loading, and only has to listen.
     """
@@ -71,7 +71,7 @@ def serving(path: Path | None = None, *, wait: bool = True, **env: object) -> It
         env["MODEL_LOCAL_PATH"] = path
     process = subprocess.Popen(
         [sys.executable, ROOT / "darwin_serve.py"],
-        env=clean_environ(**{"HOST": "127.0.0.1", "PORT": 0, **env}),
+        env=clean_environ(**{"HOST": "127.0.0.1", "PORT": 0, "DRAIN_SECONDS": 0, **env}),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -85,7 +85,7 @@ def serving(path: Path | None = None, *, wait: bool = True, **env: object) -> It
         if wait:
             wait_until(served.ready, "readiness")
         yield served
-        assert served.stop() == 0, served.log
+        assert served.stop() == code, served.log
     finally:
         if process.poll() is None:
             process.kill()

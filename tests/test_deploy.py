@@ -165,7 +165,7 @@ def test_probes_ask_routes_that_the_server_has(file: str) -> None:
     _, main = serving(file)
     routes = {
         node.elts[1].value
-        for node in ast.walk(ast.parse((ROOT / "darwin_serve.py").read_text()))
+        for node in ast.walk(ast.parse((ROOT / "darwin_app.py").read_text()))
         if isinstance(node, ast.Tuple)
         and len(node.elts) > 1
         and isinstance(node.elts[0], ast.Constant)

@@ -17,8 +17,10 @@ import sklearn.utils
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
+import darwin_fast
 import darwin_model
-from darwin_serve import Service, make_app
+from darwin_app import Service, make_app
+from darwin_batching import Limits
 from tests.models import load_pyfunc, save_estimator
 from tests.servers import in_thread
 
@@ -85,7 +87,7 @@ def target(kind: str, features: pd.DataFrame) -> Any:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[tuple[Service, str]]:
-    service = Service(request_timeout=120)
+    service = Service(Limits(timeout=120))
     with in_thread(make_app(service)) as url:
         yield service, url
 
@@ -103,6 +105,9 @@ def test_estimator(service: tuple[Service, str], tmp_path: Path, kind: str, name
     path = save_estimator(model, tmp_path / "model", features)
 
     loaded = darwin_model.load(path)
+    rows = loaded.plan.split(None, features.to_numpy().tolist())
+    quick = loaded.proven(loaded.plan.split(None, features.head(3).to_numpy().tolist()), budget=30)
+    assert darwin_fast.same(quick.predict(rows), loaded.predict(rows))
     service[0].use(loaded)
     expected = json.loads(json.dumps(np.asarray(load_pyfunc(path).predict(features)).tolist()))
     body = {"dataframe_split": features.to_dict("split")}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import darwin_plan
 from darwin_cells import MAX_PROBLEMS, InputError, ParamsError
-from darwin_plan import ParamPlan, Rows, plan_of
+from darwin_plan import ParamPlan, Rows, plan_of, together
 
 
 def one(kind: Any, *, required: bool = True) -> Any:
@@ -18,10 +21,14 @@ def one(kind: Any, *, required: bool = True) -> Any:
     return plan_of([{**spec, "name": "c", "required": required}])
 
 
+def columns(rows: Rows) -> Any:
+    """A table's columns by name, however it keeps them."""
+    return rows.value if rows.names is None else dict(zip(rows.names, rows.value.T, strict=True))
+
+
 def column(kind: Any, *values: Any, required: bool = True) -> Any:
     """The array that a column of `values` becomes."""
-    rows: Rows = one(kind, required=required).records([{"c": value} for value in values])
-    return rows.value["c"]
+    return columns(one(kind, required=required).records([{"c": value} for value in values]))["c"]
 
 
 ARRAY = {"type": "array", "items": {"type": "double"}}
@@ -148,8 +155,8 @@ def test_an_optional_column_of_nulls_only_is_an_absent_one_where_the_type_has_no
 
 def test_an_optional_column_that_no_row_has_is_absent() -> None:
     plan = plan_of([{"type": "double", "name": "a"}, {"type": "double", "name": "b", "required": False}])
-    assert list(plan.records([{"a": 1}, {"a": 2}]).value) == ["a"]
-    np.testing.assert_equal(plan.records([{"a": 1}, {"a": 2, "b": 3}]).value["b"], [math.nan, 3.0])
+    assert list(columns(plan.records([{"a": 1}, {"a": 2}]))) == ["a"]
+    np.testing.assert_equal(columns(plan.records([{"a": 1}, {"a": 2, "b": 3}]))["b"], [math.nan, 3.0])
 
 
 @pytest.mark.parametrize("kind", ["integer", "long"])
@@ -486,7 +493,7 @@ def test_made_up_samples_are_accepted(kind: Any, required: bool) -> None:
 
 def test_csv_integers_are_exact() -> None:
     rows = one("long").csv("c\n9007199254740993.0\n9007199254740993\n-7.\n")
-    assert rows.value["c"].tolist() == [9007199254740993, 9007199254740993, -7]
+    assert columns(rows)["c"].tolist() == [9007199254740993, 9007199254740993, -7]
 
 
 def test_csv_digits_are_ascii() -> None:
@@ -529,3 +536,277 @@ def test_where_a_bad_cell_is_is_told_in_a_tensor_of_strings() -> None:
     with pytest.raises(InputError) as caught:
         plan.instances([["a", "b"], ["c", 4]])
     assert [(problem.row, problem.field) for problem in caught.value.problems] == [(1, "[1]")]
+
+
+TYPES = {"double": "float64", "float": "float32", "long": "int64", "integer": "int32"}
+XY: list[tuple[str, tuple[Any, ...]]] = [
+    ("records", ([{"y": 2, "x": 1, "z": "z"}, {"x": 3, "y": 4}],)),
+    ("split", (["x", "y"], [[1, 2], [3, 4]])),
+    ("split", (["y", "z", "x"], [[2, None, 1], [4, "", 3]])),
+    ("split", (None, [[1, 2], [3, 4]])),
+    ("instances", ([[1, 2], [3, 4]],)),
+    ("instances", ({"y": [2, 4], "x": [1, 3], "z": []},)),
+    ("features", ([{"x": 1, "y": 2}, {"x": 3, "y": 4}],)),
+    ("csv", ("x,y\n1,2\n3,4\n",)),
+    ("csv", ("y,z,x\r\n2,0,1\r\n4, 0 ,3",)),
+]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("shape", "arguments"), XY)
+def test_columns_of_one_type_make_a_matrix_in_one_go(
+    shape: str, arguments: tuple[Any, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of([{"type": kind, "name": "x"}, {"type": kind, "name": "y", "required": False}])
+    monkeypatch.setattr(darwin_plan, "parse_column", None)
+    monkeypatch.setattr(darwin_plan, "_read_csv", None)
+    rows = getattr(plan, shape)(*arguments)
+    assert rows.value.flags.c_contiguous
+    assert rows.first() == {"x": 1, "y": 2}
+    as_columns = pd.DataFrame({"x": [1, 3], "y": [2, 4]}, dtype=TYPES[kind])
+    pd.testing.assert_frame_equal(rows.for_model(), as_columns, check_column_type=True)
+
+
+@pytest.mark.parametrize("names", [[0, 1], [1, 0], [0, "b"], ["a", "0"], [None, None]])
+def test_the_columns_of_a_matrix_are_called_as_those_of_a_table(names: list[Any]) -> None:
+    specs = [{"type": "long"} if name is None else {"type": "long", "name": name} for name in names]
+    expected = pd.DataFrame({index if name is None else name: [1] for index, name in enumerate(names)})
+    found = plan_of(specs).split(None, [[1, 1]]).for_model()
+    pd.testing.assert_frame_equal(found, expected, check_column_type=True)
+
+
+def outcome(plan: Any, shape: str, arguments: tuple[Any, ...]) -> Any:
+    try:
+        rows: Rows = getattr(plan, shape)(*arguments)
+    except InputError as error:
+        return str(error), error.total
+    cells = {name: (array.dtype, repr(array.tolist())) for name, array in columns(rows).items()}
+    return cells, rows.count, rows.doubtful, rows.complete, rows.index, rows.kind
+
+
+ODD: list[Any] = [
+    *(None, True, "1", [], {}, 2.0, -0.0, 2**24 + 1, 2**31, 2**53, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, 2**64),
+    *(9007199254740992.0, 16777217.0, 3.4028235e38, 3.5e38, 1e300),
+]
+ODD_TEXT = [
+    *("1.", "+1", ".5", "007", "-01", "1e5", "1E-3", "-0", "-0.0", "-0e0", "1e400", "-1e-400", "1e", "--1", "2.00"),
+    *("nan", "inf", "null", "null,1", "true", "1_0", "1,2", "{}", "[1]", "[1", "1]", "1],[2", '"1"', '"1,2"'),
+    *("16777217", "16777217.0", "9007199254740993", "9007199254740993.0", "3.4028235e38", "3.5e38", "1" * 400),
+    *("9" * 19, "9" * 20, "9" * 25, str(2**63), str(-(2**63)), str(2**64 - 1), "12345678901234567890123.5e-20"),
+    *("", " ", " 1", "2 ", "1 2", "1\n2", "1\r2", "\t3", "1\x0b", "\xa01", "\u0661", "\0"),
+]
+
+
+def some_signature(rng: random.Random) -> list[dict[str, Any]]:
+    most = rng.choice([*TYPES])
+    kinds = [most if rng.random() < 0.9 else rng.choice([*TYPES, "boolean"]) for _ in range(rng.randrange(1, 4))]
+    named = rng.random() < 0.9
+    return [
+        {"type": kind, "required": rng.random() < 0.7, **({"name": name} if named else {})}
+        for name, kind in zip("abc", kinds, strict=False)
+    ]
+
+
+def some_cells(rng: random.Random, specs: list[dict[str, Any]], odd: list[Any]) -> tuple[list[Any], list[list[Any]]]:
+    """Names and rows that mostly fit."""
+
+    def good(kind: str) -> Any:
+        if kind == "boolean":
+            return rng.random() < 0.5
+        return rng.gauss(0, 1) if kind in ("float", "double") and rng.random() < 0.8 else rng.randrange(-99, 99)
+
+    kinds = {str(spec.get("name", index)): spec["type"] for index, spec in enumerate(specs)}
+    if rng.random() < 0.2:
+        kinds["x"] = "long"
+    names = rng.sample([*kinds], len(kinds)) if rng.random() < 0.3 else [*kinds]
+    rows = [
+        [rng.choice(odd) if rng.random() < 0.06 else good(kinds[name]) for name in names]
+        for _ in range(rng.randrange(1, 4))
+    ]
+    return names, rows
+
+
+def some_json(rng: random.Random, specs: list[dict[str, Any]]) -> tuple[str, tuple[Any, ...]]:
+    names, rows = some_cells(rng, specs, ODD)
+    records: list[Any] = [dict(zip(names, row, strict=True)) for row in rows]
+    arrays: dict[str, Any] = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    if rng.random() < 0.1:
+        odd: Any = rng.choice([[], [1], {}, {"a": 1}, 1, "ab", None])
+        rng.choice([rows, records])[0] = arrays[names[0]] = odd
+    requests = [
+        ("records", (records,)),
+        ("split", (names, rows)),
+        ("split", (None, rows)),
+        ("split", (names, rows, [*range(len(rows))])),
+        ("instances", (rows,)),
+        ("instances", (arrays,)),
+        ("features", (rng.choice([records, records[0], rows, rows[0]]),)),
+    ]
+    return rng.choice(requests)
+
+
+def some_csv(rng: random.Random, specs: list[dict[str, Any]]) -> tuple[str, tuple[Any, ...]]:
+    names, rows = some_cells(rng, specs, ODD_TEXT)
+    if rng.random() < 0.05:
+        names[-1] = rng.choice(["a", "", " a", "\0", '"a"', 'a"', "a\r", "é"])
+    lines = [",".join(map(str, row)) for row in [names, *rows]]
+    if rng.random() < 0.15:
+        index = rng.randrange(len(lines))
+        line = lines[index]
+        lines[index] = rng.choice(["", " ", ",", f"{line},", f"{line},1", f"{line} ", "[1", "1]"])
+    end = rng.choice(["\n", "\n", "\n", "\r\n", "\r"])
+    before, after = rng.choice(["", "", "", end, " "]), rng.choice([end, end, "", end + end, f"{end} "])
+    return "csv", (before + end.join(lines) + after,)
+
+
+@pytest.mark.parametrize("some_request", [some_json, some_csv])
+def test_all_at_once_is_as_cell_by_cell(some_request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(1)
+    accepted = 0
+    for _ in range(5000):
+        specs = some_signature(rng)
+        plan, (shape, arguments) = plan_of(specs), some_request(rng, specs)
+        found = outcome(plan, shape, arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(darwin_plan, "in_bulk", lambda *_: None)
+            expected = outcome(plan, shape, arguments)
+        assert found == expected, (specs, shape, arguments)
+        accepted += len(found) > 2
+    assert 1500 < accepted < 4500
+
+
+@pytest.mark.parametrize(
+    "text", ["c,x,y\n1\n2\n", "c\n1,2,3\n", "c\n1,null,2\n", "c,x\n1\r,2\n", "c,x\ry\n1,2\n", "c,x\n[1,2],3\n"]
+)
+def test_lines_of_other_lengths_never_make_a_matrix(text: str) -> None:
+    with pytest.raises(InputError, match="values, got array"):
+        one("double").csv(text)
+
+
+def test_a_name_given_twice_is_refused_even_if_the_signature_has_it_twice() -> None:
+    plan = plan_of([{"type": "long", "name": 0}, {"type": "long", "name": "0"}])
+    with pytest.raises(InputError, match="more than once"):
+        plan.split(["0", "0"], [[1, 1]])
+
+
+def test_rows_of_numbers_are_a_matrix() -> None:
+    def matrix(*kinds: str, required: bool = True, row: dict[str, Any]) -> Any:
+        specs = [{"type": kind, "name": f"c{index}", "required": required} for index, kind in enumerate(kinds)]
+        return plan_of(specs).records([row, row]).matrix()
+
+    assert matrix("long", "long", row={"c1": 2, "c0": 1}).tolist() == [[1, 2], [1, 2]]
+    mixed = matrix("integer", "float", "long", row={"c0": 1, "c1": None, "c2": 2**60})
+    np.testing.assert_array_equal(mixed, [[1, math.nan, 2**60]] * 2)
+    assert (mixed.dtype, mixed.flags.c_contiguous) == (np.float64, True)
+    assert matrix("integer", "long", row={"c0": 1, "c1": 2}).dtype == np.int64
+    assert matrix("double", "double", required=False, row={"c0": 1}) is None
+    assert matrix("double", "long", required=False, row={"c0": 1, "c1": None}) is None
+    for kind, value in (("boolean", True), ("string", "x"), ("datetime", "2024-01-01")):
+        assert matrix("double", kind, row={"c0": 1, "c1": value}) is None
+
+
+@pytest.mark.parametrize("kinds", [*itertools.product(TYPES, repeat=2)])
+def test_the_matrix_of_columns_is_pandas_own(kinds: tuple[str, str]) -> None:
+    specs = [{"type": kind, "name": name} for name, kind in zip("ab", kinds, strict=True)]
+    rows = plan_of(specs).instances([[1, 2], [3, 4]])
+    array: Any = rows.matrix()
+    expected = rows.for_model().to_numpy()
+    assert (array.dtype, array.tolist()) == (expected.dtype, expected.tolist())
+
+
+def test_a_tensor_of_numbers_is_a_matrix_if_it_has_two_axes() -> None:
+    array: Any = plan_of([tensor("uint8", -1, 2)]).instances([[1, 2]]).matrix()
+    assert (array.dtype, array.tolist()) == (np.uint8, [[1, 2]])
+    for spec, value in (
+        (tensor("float64", -1), [1]),
+        (tensor("float64", -1, 1, 1), [[[1]]]),
+        (tensor("bool", -1, 1), [[True]]),
+        (tensor("str", -1, 1), [["a"]]),
+        (tensor("float64", -1, 1, name="x"), [[1]]),
+    ):
+        assert plan_of([spec]).instances(value).matrix() is None
+    assert plan_of(None).records([{"a": 1}]).matrix() is None
+    assert plan_of([{"type": "long"}], from_type_hint=True).instances([1]).matrix() is None
+
+
+FLAG: dict[str, Any] = {"type": "boolean", "name": "f", "required": False}
+TEXT: dict[str, Any] = {"type": "string", "name": "t"}
+ALIKE = [
+    ([{"type": "double", "name": "a"}], [{"a": 1}], [{"a": None}, {"a": 0.5}], {"a": 2}),
+    ([*AB], [{"a": 1, "b": 0.5}], [{"a": 2.0, "b": None}]),
+    ([*AB], [{"a": 1}], [{"a": 2}, {"a": 3}]),
+    ([FLAG, TEXT], [{"f": True, "t": "x"}], [{"f": False, "t": None}, {"f": False, "t": "y"}]),
+    ([FLAG, TEXT], [{"f": None, "t": None}, {"f": True, "t": None}], [{"f": None, "t": None}, {"f": False, "t": None}]),
+    ([{**ARRAY, "name": "a"}], [{"a": [1]}], [{"a": [2, 3]}, {"a": []}]),
+    ([{"type": "any", "name": "a"}], [{"a": "x"}, {"a": 1}], [{"a": None}]),
+    ([tensor("float32", -1, 2)], [[1, 2]], [[3, 4], [5, 6]]),
+    ([tensor("str", -1)], ["ab"], ["c", "de"]),
+    ([tensor("int8", -1, 1, name="x"), tensor("bool", -1, name="y")], {"x": [[1]], "y": [True]}, {"x": [1], "y": True}),
+]
+
+
+@pytest.mark.parametrize(("specs", "parts"), [(specs, parts) for specs, *parts in ALIKE])
+def test_rows_alike_go_together_and_no_row_sees_it(specs: list[dict[str, Any]], parts: list[Any]) -> None:
+    plan = plan_of(specs)
+    rows = [plan.features(part) for part in parts]
+    assert len({part.kind for part in rows}) == 1
+    assert None not in {part.kind for part in rows}
+    batch = together(rows)
+    assert (batch.count, batch.kind, batch.doubtful) == (
+        sum(part.count for part in rows),
+        rows[0].kind,
+        any(part.doubtful for part in rows),
+    )
+    start = 0
+    for part in rows:
+        alone, joined = part.for_model(), batch.for_model()
+        for name in alone if isinstance(alone, (dict, pd.DataFrame)) else [slice(None)]:
+            assert joined[name].dtype == alone[name].dtype
+            np.testing.assert_equal(
+                np.asarray(joined[name])[start : start + part.count].tolist(), np.asarray(alone[name]).tolist()
+            )
+        start += part.count
+
+
+UNLIKE: list[tuple[list[dict[str, Any]], Any, Any]] = [
+    ([*AB], [{"a": 1, "b": 0.5}], [{"a": 1}]),
+    ([{**AB[1], "name": "a"}, AB[1]], [{"a": 1, "b": 0.5}], [{"a": 1}]),
+    ([FLAG, TEXT], [{"f": True, "t": "x"}], [{"f": True, "t": "x"}, {"f": None, "t": "x"}]),
+    ([FLAG, TEXT], [{"f": True, "t": "x"}], [{"t": "x"}]),
+    ([FLAG, TEXT], [{"f": True, "t": "x"}], [{"f": True, "t": None}]),
+    ([{"type": "any", "name": "a"}], [{"a": "x"}], [{"a": "x"}, {"a": 1}]),
+    ([tensor("str", -1)], ["ab"], ["abc"]),
+    ([tensor("bytes", -1)], ["a"], ["ä"]),
+    ([tensor("float32", -1, -1)], [[1, 2]], [[1, 2, 3]]),
+]
+
+
+@pytest.mark.parametrize(("specs", "one", "other"), UNLIKE)
+def test_rows_unlike_are_of_different_kinds(specs: list[dict[str, Any]], one: Any, other: Any) -> None:
+    plan = plan_of(specs)
+    kinds = [plan.features(rows).kind for rows in (one, other)]
+    assert kinds[0] != kinds[1]
+    assert None not in kinds
+
+
+def test_plans_of_other_signatures_make_other_kinds() -> None:
+    specs = [{"type": kind, "name": name} for kind in ("long", "double") for name in "ab"]
+    assert len({plan_of([spec]).instances([1]).kind for spec in specs}) == 4
+
+
+def test_some_rows_stay_alone() -> None:
+    ab = plan_of([{"type": "double", "name": "a"}])
+    named = plan_of([tensor("float32", -1, name="x"), tensor("float32", -1, name="y")])
+    alone = [
+        ab.split(["a"], [[1]], [7]),
+        plan_of(AB).split(["a"], [[1]], [7]),
+        plan_of(None).records([{"a": 1}]),
+        plan_of(None).instances([[1]]),
+        plan_of([{"type": "long"}], from_type_hint=True).instances([1]),
+        plan_of([tensor("float32", 2)]).instances([1, 2]),
+        plan_of([tensor("float32")]).instances(1),
+        plan_of([tensor("float32", -1, name="x"), tensor("float32", 1, name="y")]).instances({"x": [1], "y": [1]}),
+        named.instances({"x": [1, 2], "y": [1]}),
+    ]
+    assert [rows.kind for rows in alone] == [None] * len(alone)
+    assert named.instances({"x": [1, 2], "y": [1, 2]}).kind is not None

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 
 import darwin_protocols as protocols
+from darwin_batching import TooSlow
 from darwin_cells import InputError, ParamsError
 from darwin_model import PredictionFailed, Refused
 from darwin_plan import ParamPlan, plan_of
-from darwin_protocols import Malformed, NotReady, TooSlow, Unsupported, Unwritable
+from darwin_protocols import Malformed, NotReady, Unsupported, Unwritable
 
 PLAN = plan_of([{"type": "long", "name": "a"}])
 PARAMS = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
@@ -40,12 +41,12 @@ def invoke(body: bytes, content_type: str | None = "application/json") -> protoc
 )
 def test_invocations_json(body: bytes) -> None:
     request = invoke(body)
-    assert request.rows.value["a"].tolist() == [1]
+    assert request.rows.value.tolist() == [[1]]
     assert request.params == {"p": 2.0}
 
 
 def test_predict() -> None:
-    assert predict(b'{"features": {"a": 1}}').rows.value["a"].tolist() == [1]
+    assert predict(b'{"features": {"a": 1}}').rows.value.tolist() == [[1]]
     assert predict(b'{"features": [{"a": 1}, {"a": 2}]}').rows.count == 2
     assert predict(b'{"features": {"a": 1}, "params": {"p": 3}}').params == {"p": 3.0}
     assert predict(b'{"features": {"a": 1}, "feature_group": null}').rows.count == 1
@@ -58,7 +59,7 @@ def test_json_content_types(content_type: str | None) -> None:
 
 @pytest.mark.parametrize("content_type", ["text/csv", 'text/csv;charset="utf-8"', "text/csv ; Charset=utf-8 ;"])
 def test_csv_content_types(content_type: str) -> None:
-    assert invoke(b"\xef\xbb\xbfa\n1\n", content_type).rows.value["a"].tolist() == [1]
+    assert invoke(b"\xef\xbb\xbfa\n1\n", content_type).rows.value.tolist() == [[1]]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +229,12 @@ def test_integers_beyond_64_bits_are_exact() -> None:
     assert rows.for_model()["a"].tolist() == [2**64 + 1]
     with pytest.raises(InputError):
         protocols.read_invocations(body, None, plan_of([{"type": "double", "name": "a"}]), PARAMS)
+
+
+@pytest.mark.parametrize("value", [2**64 + 1, -(2**63) - 1, [2**64 + 1], [0.5, -(2**64) - 1], 10**30 + 1])
+def test_integers_beyond_64_bits_are_exact_wherever_they_are(value: Any) -> None:
+    rows = protocols.read_invocations(protocols.dump({"inputs": {"a": [value]}}), None, plan_of(None), PARAMS).rows
+    assert rows.value["a"].tolist() == [value]
 
 
 @pytest.mark.parametrize("body", [b"1" * 5000, b'{"inputs": [' + b"1" * 5000 + b"]}"])

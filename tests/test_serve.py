@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ import requests
 
 import darwin_mlflow
 import darwin_model
+from darwin_app import Service, make_app
+from darwin_batching import Limits
 from darwin_env import ConfigError, Reader
-from darwin_serve import Service, Settings, example_rows, make_app, self_test
+from darwin_serve import Settings
+from darwin_startup import example_rows, self_test
 from tests.conftest import ROOT, Finished, clean_environ, run_role, wait_until
 from tests.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path, scoring_app
 from tests.servers import Served, in_thread, serving
@@ -44,7 +48,7 @@ def _environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ours() -> Iterator[Callable[[str], str]]:
     """The URL of our application in this process, now answering with the model asked for."""
-    service = Service(request_timeout=60)
+    service = Service(Limits())
     models: dict[str, darwin_model.Model] = {}
     with in_thread(make_app(service)) as url:
 
@@ -439,7 +443,7 @@ def test_unknown_paths(ours: Callable[[str], str]) -> None:
 
 
 def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
-    service = Service(request_timeout=60)
+    service = Service(Limits())
     service.use(darwin_model.load(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for prefix in ("", "/models/iris"):
@@ -448,7 +452,7 @@ def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
 
 
 def test_not_ready_while_draining() -> None:
-    service = Service(request_timeout=60)
+    service = Service(Limits())
     service.use(darwin_model.load(model_path("iris")))
     service.draining = True
     with in_thread(make_app(service)) as url:
@@ -491,7 +495,8 @@ def test_it_predicts_over_the_wire(role: Served) -> None:
 def test_log_lines_are_json_outside_development(role: Served) -> None:
     lines = [json.loads(line) for line in role.lines]
     assert {line["service"] for line in lines} == {"iris-service"}
-    (ready,) = [line["message"] for line in lines if "is ready" in line["message"]]
+    # Each worker says so.
+    (ready,) = {line["message"] for line in lines if "is ready (" in line["message"]}
     assert ready.endswith("it answered its own input example")
     assert "sklearn" in ready
     settings = lines[0]["message"]
@@ -543,9 +548,87 @@ def test_a_timeout_is_a_504_in_the_protocols_words(tmp_path: Path) -> None:
 
 def test_a_prediction_that_never_ends_does_not_keep_the_server(tmp_path: Path) -> None:
     features = {"entered": str(tmp_path / "entered"), "leave": str(tmp_path / "leave")}
-    with serving(model_path("waiting"), MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT=1) as served:
+    with serving(model_path("waiting"), MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT=1, WORKERS=1) as served:
         assert served.post("/predict", {"features": features}).status_code == 504
         assert served.stop() == 0
+
+
+def test_a_model_that_hangs_is_not_ready_and_ends_the_process(tmp_path: Path) -> None:
+    features = {"entered": str(tmp_path / "entered"), "leave": str(tmp_path / "leave")}
+    with serving(model_path("waiting"), code=1, REQUEST_TIMEOUT_SECONDS=2, WORKERS=1) as served:
+        assert served.post("/predict", {"features": features}).status_code == 504
+        ready = served.get("/ready")
+        assert ready.status_code == 503
+        assert re.fullmatch(
+            r"the model has been computing one answer for \d+ s, longer than a request may take",
+            ready.json()["detail"]["message"],
+        )
+        assert served.get("/livez").status_code == 200
+        assert served.process.wait(timeout=60) == 1
+    assert "the model did not answer within 4 s: it hangs" in served.log
+
+
+def test_more_than_may_wait_is_told_when_to_come_back(tmp_path: Path) -> None:
+    entered, leave = tmp_path / "entered", tmp_path / "leave"
+    features = {"entered": str(entered), "leave": str(leave)}
+    with serving(model_path("waiting"), MAX_QUEUE_ROWS=1, WORKERS=1) as served, ThreadPoolExecutor() as pool:
+        running = pool.submit(served.post, "/predict", {"features": features})
+        wait_until(entered.exists, "the prediction")
+        # Which of two comes first is not known: the other is one too many.
+        others = [pool.submit(served.post, "/predict", {"features": features}) for _ in range(2)]
+        wait_until(lambda: any(other.done() for other in others), "a refusal")
+        refused = next(other for other in others if other.done()).result()
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert refused.json()["detail"]["message"] == "The server is overloaded"
+        mlflow = served.post("/invocations", {"dataframe_records": [features]})
+        assert (mlflow.status_code, mlflow.headers["Retry-After"]) == (503, "1")
+        assert mlflow.json()["error_code"] == "RESOURCE_EXHAUSTED"
+        assert served.get("/ready").status_code == 200
+        leave.touch()
+        waited = next(other for other in others if other.result() is not refused).result()
+        assert [running.result().status_code, waited.status_code] == [200, 200]
+
+
+def test_who_leaves_while_waiting_is_not_run(tmp_path: Path) -> None:
+    def ask(name: str) -> dict[str, dict[str, str]]:
+        return {"features": {"entered": str(tmp_path / name), "leave": str(tmp_path / "leave")}}
+
+    with serving(model_path("waiting"), WORKERS=1) as served, ThreadPoolExecutor() as pool:
+        running = pool.submit(served.post, "/predict", ask("first"))
+        wait_until((tmp_path / "first").exists, "the prediction")
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(served.url + "/predict", json=ask("left"), timeout=0.3)
+        last = pool.submit(served.post, "/predict", ask("last"))
+        (tmp_path / "leave").touch()
+        assert [running.result().status_code, last.result().status_code] == [200, 200]
+    assert (tmp_path / "last").exists()
+    assert not (tmp_path / "left").exists()
+    assert "ERROR" not in served.log
+
+
+def test_sigterm_drains() -> None:
+    with serving(model_path("iris"), DRAIN_SECONDS=600, WORKERS=1) as served, requests.Session() as session:
+        session.get(served.url + "/livez", timeout=60)
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: served.get("/ready").status_code == 503, "draining")
+        kept = session.post(served.url + "/predict", json={"features": IRIS}, timeout=60)
+        assert (kept.json(), kept.headers["Connection"]) == ({"scores": [1]}, "close")
+        assert served.post("/predict", {"features": IRIS}).json() == {"scores": [1]}
+        assert served.get("/livez").status_code == 200
+        # A second one does not wait.
+        assert served.stop() == 0
+
+
+def test_it_ends_when_it_has_drained() -> None:
+    with serving(model_path("iris"), DRAIN_SECONDS=0.5, WORKERS=1) as served:
+        assert served.stop() == 0
+    assert "draining: requests are still taken for 0.5 s" in served.log
+
+
+def test_sigint_does_not_drain() -> None:
+    with serving(model_path("iris"), DRAIN_SECONDS=600, WORKERS=1) as served:
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(timeout=60) == 0
 
 
 def test_while_loading_it_lives_but_is_not_ready(tmp_path: Path) -> None:

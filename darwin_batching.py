@@ -1,0 +1,346 @@
+"""Admission and work-conserving batching in front of one inference thread.
+
+Whenever the thread is free it is given all that waits and may be put together, so nobody waits for a timer. This module
+knows rows and how to put them together, neither MLflow nor HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from darwin_plan import Rows, together
+
+T = TypeVar("T")
+
+# What waits may not fill the memory, however few rows it is.
+MAX_QUEUE_BYTES = 64 * 1024 * 1024
+# What one waiting request occupies besides its body.
+REQUEST_BYTES = 4096
+
+# While each turn of the event loop brings companions, a batch waits for more, so long at most.
+GATHER_SECONDS = 0.005
+# Reading a request and running its handler are two turns.
+QUIET_TURNS = 3
+# Those just answered tend to ask again: until most are back, a batch waits, for so much of what running it costs at least.
+LINGER_SHARE = 1 / 4
+MOST = 3 / 4
+
+# A client that has waited longer than this may have given up.
+SUSPECT_SECONDS = 0.05
+
+logger = logging.getLogger("darwin.batching")
+
+
+class TooSlow(Exception):
+    """The model did not answer in time."""
+
+
+class Gone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Overloaded(Exception):
+    """More waits than may wait. `retry_after` is when to come back, in seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"too many requests are waiting: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`batch_rows` go to the model at once, `queue_rows` may wait; `timeout` is in seconds, waiting included."""
+
+    batch_rows: int = 256
+    queue_rows: int = 100_000
+    timeout: float = 60
+
+
+class InferenceThread:
+    """One thread that runs what it is given, in order. It never keeps the process from ending."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="inference", daemon=True).start()
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Have `job` run, which raises nothing."""
+        self._jobs.put(job)
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(job())
+            except BaseException as error:  # whatever it is, the one waiting must hear of it
+                future.set_exception(error)
+
+        self.run(run)
+        return future
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A request on its way through the model. `since` is the event loop's time at which it was admitted."""
+
+    rows: Rows
+    params: Mapping[str, Any]
+    write: Callable[[Any], bytes]
+    size: int
+    gone: Callable[[], Awaitable[bool]]
+    answer: asyncio.Future[bytes]
+    since: float
+
+
+class Batcher:
+    """Has `predict` answer requests on `thread`, several at once where `batching` and their rows allow it.
+
+    All its methods belong to the event loop's thread. `on_hang` is called when the thread has been busy with one batch
+    for twice the time that a request may take.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Rows, Mapping[str, Any]], Any],
+        thread: InferenceThread,
+        limits: Limits,
+        *,
+        batching: bool,
+        on_hang: Callable[[], None],
+    ) -> None:
+        self._predict = predict
+        self._thread = thread
+        self._limits = limits
+        self._batching = batching
+        self._on_hang = on_hang
+        # What waits, by what may go together; the kinds take turns.
+        self._queues: dict[Hashable, deque[Job]] = {}
+        self._rows = self._bytes = 0
+        # Admitted and, as far as is known, unanswered; the oldest first.
+        self._open: deque[Job] = deque()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._running: list[Job] = []
+        self._started = 0.0
+        self._looking = False
+        self._admitted = self._seen = self._quiet = 0
+        self._looked = 0.0
+        # How many rows were being served when the latest batch was delivered, and when that was; what a batch costs at
+        # least, and what a row costs in it.
+        self._around = 0
+        self._delivered = 0.0
+        self._batch_seconds = 0.0
+        self._row_seconds = 0.0
+
+    @property
+    def stuck(self) -> float:
+        """For how many seconds one batch has been running, where that is longer than a request may take; else 0."""
+        running = asyncio.get_running_loop().time() - self._started if self._running else 0.0
+        return running if running > self._limits.timeout else 0.0
+
+    async def predict(
+        self,
+        rows: Rows,
+        params: Mapping[str, Any],
+        write: Callable[[Any], bytes],
+        size: int,
+        gone: Callable[[], Awaitable[bool]],
+    ) -> bytes:
+        """The answer to `rows` as `write` puts it. `size` is in bytes; `gone` tells whether the client still waits.
+
+        Raises what predict and write raise, `Overloaded`, `TooSlow` and `Gone`.
+        """
+        loop = asyncio.get_running_loop()
+        size += REQUEST_BYTES
+        if self._rows and (self._rows + rows.count > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES):
+            raise Overloaded(max(1, math.ceil(self._rows * self._row_seconds)))
+        job = Job(rows, params, write, size, gone, loop.create_future(), loop.time())
+        self._queues.setdefault(self._key(job), deque()).append(job)
+        self._rows += rows.count
+        self._bytes += size
+        self._admitted += 1
+        self._open.append(job)
+        if self._alarm is None:
+            self._alarm = loop.call_later(self._limits.timeout, self._expire)
+        if not self._looking and not self._running:
+            self._looking = True
+            self._looked = job.since
+            loop.call_soon(self._look)
+        return await job.answer
+
+    def _key(self, job: Job) -> Hashable:
+        kind = job.rows.kind if self._batching else None
+        if kind is None:
+            return job
+        return (kind, repr(sorted(job.params.items()))) if job.params else kind
+
+    def _look(self) -> None:
+        """Start a batch, unless companions are arriving, which cost less now than alone."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._quiet = 0 if self._admitted != self._seen else self._quiet + 1
+        self._seen = self._admitted
+        if self._rows < self._limits.batch_rows:
+            expected = self._rows < MOST * self._around
+            if self._quiet < (QUIET_TURNS if expected else 1) and now - self._looked < GATHER_SECONDS:
+                loop.call_soon(self._look)
+                return
+            linger = self._batch_seconds * LINGER_SHARE
+            if expected and now - self._delivered < linger:
+                loop.call_later(linger / 4, self._look)
+                return
+        self._looking = False
+        batch = self._take()
+        if batch and loop.time() - batch[0].since > SUSPECT_SECONDS:
+            self._looking = True
+            task = loop.create_task(self._run_wanted(batch))
+            task.add_done_callback(lambda done: done.result())
+        else:
+            self._run(batch)
+
+    def _take(self) -> list[Job]:
+        """The next batch, off the queue."""
+        batch: list[Job] = []
+        count = 0
+        while self._queues and not batch:
+            key = next(iter(self._queues))
+            waiting = self._queues.pop(key)
+            while waiting and (not batch or count + waiting[0].rows.count <= self._limits.batch_rows):
+                job = waiting.popleft()
+                self._rows -= job.rows.count
+                self._bytes -= job.size
+                if not job.answer.done():
+                    batch.append(job)
+                    count += job.rows.count
+            if waiting:
+                self._queues[key] = waiting
+        return batch
+
+    async def _run_wanted(self, batch: list[Job]) -> None:
+        """Run `batch` without the jobs whose client has gone."""
+        wanted = []
+        for job in batch:
+            if await job.gone():
+                job.answer.set_exception(Gone())
+            else:
+                wanted.append(job)
+        self._looking = False
+        self._run(wanted)
+
+    def _run(self, batch: list[Job]) -> None:
+        loop = asyncio.get_running_loop()
+        self._running = batch
+        if not batch:
+            self._look_again(loop)
+            return
+        self._started = loop.time()
+        self._thread.run(lambda: self._answer(batch, loop))
+
+    def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._queues and not self._looking:
+            self._looking = True
+            self._looked = loop.time()
+            loop.call_soon(self._look)
+
+    def _answer(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
+        """On the inference thread: have the model answer, and tell the event loop."""
+        began = perf_counter()
+        answers = answer_together(self._predict, batch) if len(batch) > 1 else None
+        if answers is None:
+            answers = [answer_alone(self._predict, job) for job in batch]
+        loop.call_soon_threadsafe(self._deliver, batch, answers, perf_counter() - began)
+
+    def _deliver(self, batch: list[Job], answers: Sequence[bytes | BaseException], seconds: float) -> None:
+        for job, answer in zip(batch, answers, strict=True):
+            if job.answer.done():  # too late, or nobody waits
+                continue
+            if isinstance(answer, BaseException):
+                job.answer.set_exception(answer)
+            else:
+                job.answer.set_result(answer)
+        while self._open and self._open[0].answer.done():
+            self._open.popleft()
+        self._learn(seconds, sum(job.rows.count for job in batch))
+        self._running = []
+        self._look_again(asyncio.get_running_loop())
+
+    def _learn(self, seconds: float, rows: int) -> None:
+        self._around, self._delivered = rows + self._rows, asyncio.get_running_loop().time()
+        self._batch_seconds = min(seconds, self._batch_seconds * 1.05 + 1e-6)
+        self._row_seconds += (seconds / rows - self._row_seconds) / 8
+
+    def _expire(self) -> None:
+        """Answer those who have waited too long."""
+        loop = asyncio.get_running_loop()
+        self._alarm = None
+        now = loop.time()
+        while self._open and (self._open[0].answer.done() or now - self._open[0].since >= self._limits.timeout):
+            job = self._open.popleft()
+            if not job.answer.done():
+                job.answer.set_exception(TooSlow(f"no answer within {self._limits.timeout:g} seconds"))
+        if self._open:
+            self._alarm = loop.call_at(self._open[0].since + self._limits.timeout, self._expire)
+        if self._running:
+            loop.call_at(self._started + 2 * self._limits.timeout, self._check, self._running)
+
+    def _check(self, batch: list[Job]) -> None:
+        if self._running is batch:
+            self._on_hang()
+
+
+Predict = Callable[[Rows, Mapping[str, Any]], Any]
+
+
+def answer_alone(predict: Predict, job: Job) -> bytes | BaseException:
+    try:
+        return job.write(predict(job.rows, job.params))
+    except BaseException as error:  # whatever it is, the one waiting must hear of it
+        return error
+
+
+def answer_together(predict: Predict, batch: Sequence[Job]) -> list[bytes | BaseException] | None:
+    """The answer to each of `batch`, which go to the model at once; None if that fails, or has not a row for each."""
+    try:
+        output = predict(together([job.rows for job in batch]), batch[0].params)
+        parts = split(output, [job.rows.count for job in batch])
+    except BaseException:
+        return None  # one by one, each gets the error that is its own
+    if parts is None:
+        return None
+    return [_written(job, part) for job, part in zip(batch, parts, strict=True)]
+
+
+def _written(job: Job, output: Any) -> bytes | BaseException:
+    try:
+        return job.write(output)
+    except BaseException as error:
+        return error
+
+
+def split(output: Any, counts: Sequence[int]) -> list[Any] | None:
+    """`output` cut into parts of `counts` rows; None unless it is rows, as many as that."""
+    if not hasattr(output, "__len__") or isinstance(output, (str, bytes, Mapping)) or len(output) != sum(counts):
+        return None
+    rows = output.iloc if isinstance(output, (pd.DataFrame, pd.Series)) else output
+    ends = 0
+    parts = []
+    for count in counts:
+        parts.append(rows[ends : ends + count])
+        ends += count
+    return parts
