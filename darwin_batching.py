@@ -33,7 +33,7 @@ REQUEST_BYTES = 4096
 GATHER_SECONDS = 0.005
 # Reading a request and running its handler are two turns.
 QUIET_TURNS = 3
-# Those just answered tend to ask again: until most are back, a batch waits, for so much of what running it costs at least.
+# Those just answered tend to ask again: until most are back, a batch waits, for this share of what it costs to run one.
 LINGER_SHARE = 1 / 4
 MOST = 3 / 4
 

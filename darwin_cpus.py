@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+# Without a limit, a process for each CPU of a large node would be many.
+UNLIMITED_WORKERS = 4
+
 # The pools of OpenMP (LightGBM, XGBoost, scikit-learn) and of the two BLAS that numpy may come with.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -19,6 +22,12 @@ def cpu_limit(root: Path = Path("/")) -> int:
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([usable, *(math.ceil(quota) for quota in _quotas(root))]))
+
+
+def default_workers(root: Path = Path("/")) -> int:
+    """As many as `cpu_limit` says, but at most `UNLIMITED_WORKERS` where nothing limits the container."""
+    cpus = cpu_limit(root)
+    return cpus if any(True for _ in _quotas(root)) else min(cpus, UNLIMITED_WORKERS)
 
 
 def _quotas(root: Path) -> Iterator[float]:

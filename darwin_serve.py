@@ -10,7 +10,7 @@ Environment (empty means unset):
   MODEL_NAME              what to call the model in the log
   REQUEST_TIMEOUT_SECONDS how long a prediction may take, waiting included; by default MLflow's
                           MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT, else 60
-  WORKERS                 processes that predict; by default as many as the container may use CPUs
+  WORKERS                 processes that predict; by default the container's CPU limit, rounded up
   BATCHING                auto, on or off: put requests that wait together; auto where the model's rows are independent
   MAX_BATCH_ROWS, MAX_QUEUE_ROWS
                           rows that go to the model at once, 256, and that may wait, 100000
@@ -50,7 +50,7 @@ import uvicorn
 
 import darwin_fetch
 import darwin_workers
-from darwin_cpus import cpu_limit, share_cpus
+from darwin_cpus import cpu_limit, default_workers, share_cpus
 from darwin_env import Reader
 from darwin_log import Redactor, RoleError, log_settings, run_role
 
@@ -110,7 +110,7 @@ class Settings:
             port=read.integer("PORT", 8000, least=0, most=65535),
             root_path=f"/{root_path}" if root_path else "",
             request_timeout=read.number("REQUEST_TIMEOUT_SECONDS", timeout, least=0.001),
-            workers=read.integer("WORKERS", cpu_limit(), least=1),
+            workers=read.integer("WORKERS", default_workers(), least=1),
             batching=read.choice("BATCHING", "auto", ("auto", "on", "off")),
             batch_rows=read.integer("MAX_BATCH_ROWS", 256, least=1),
             queue_rows=read.integer("MAX_QUEUE_ROWS", 100_000, least=1),
@@ -235,8 +235,8 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
         model = darwin_startup.make_ready(get(), settings.model_name, fast_path=settings.fast_path)
         batching = settings.batching == "on" or (settings.batching == "auto" and model.batchable)
         server.service.use(model, batching=batching, on_hang=server.give_up)
-        # What is here stays; collecting it stops everything for a third of a second each time.
         gc.freeze()
+        gc.enable()
 
     return server.service.inference.submit(start)
 
@@ -251,7 +251,7 @@ def load(settings: Settings, directory: Path) -> Model:
     """The model, after `fetch`; it is not run yet. Raises `RoleError`."""
     import darwin_startup
 
-    return darwin_startup.load(settings.model_path or directory, "", directory, settings.model_config)
+    return darwin_startup.load(settings.model_path or directory, settings.model_config)
 
 
 def work(settings: Settings, listener: socket.socket, get: Callable[[], Model], ready: Callable[[], None]) -> None:
@@ -338,6 +338,9 @@ def temporary_directory(settings: Settings) -> Iterator[str]:
 def main(environ: Mapping[str, str] = os.environ) -> int:
     # Its INFO lines say again what ours say.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # What is imported and loaded stays: to look through it for garbage takes half a second of the start, and would stop
+    # everything for a third of a second every now and then, were it not frozen before collection begins.
+    gc.disable()
     return run_role(serve_as_worker if sys.argv[1:2] == [WORKER] else serve, environ)
 
 

@@ -1,4 +1,4 @@
-"""From a directory or a URI to a model that is whole, loaded, and has answered its own input example."""
+"""From a directory to a model that is whole, loaded, and has answered its own input example."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import darwin_cache
-import darwin_fetch
 import darwin_model
 import darwin_output
 import darwin_protocols as protocols
@@ -71,14 +70,8 @@ def check_whole(directory: Path) -> None:
         raise RoleError(f"the model is damaged: {'; '.join(damage)}. Run download.py again, which replaces it")
 
 
-def load(path: Path | None, uri: str, directory: Path, model_config: Mapping[str, Any] | None = None) -> Model:
-    """Find, check and load the model at `path`; without one, that of `uri`, downloaded to `directory`.
-
-    The model is not run. Raises `RoleError`.
-    """
-    if path is None:
-        darwin_fetch.fetch_model(uri, directory)
-        path = directory
+def load(path: Path, model_config: Mapping[str, Any] | None = None) -> Model:
+    """Find, check and load the model at `path`; it is not run. Raises `RoleError`."""
     found = darwin_model.find_model(path)
     check_whole(found)
     logger.info("loading the model in %s", found)

@@ -288,7 +288,6 @@ class _Supervisor(Generic[T]):
             self._share_no_more(f"what was loaded holds what processes cannot share ({', '.join(held[:9])})")
             return
         # What the collector marks would no longer be shared.
-        gc.collect()
         gc.freeze()
 
     def _share_no_more(self, why: str) -> None:
@@ -326,7 +325,11 @@ class _Supervisor(Generic[T]):
     def _fork(self, body: Body, name: str) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs, _signals_held() as mask:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
             if not pid:
                 ours.close()
                 self._be_worker(theirs, body, mask)

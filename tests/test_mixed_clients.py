@@ -52,9 +52,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "make", "batching"), [("params", _scaled, "on"), ("tree", _table, "auto")], ids=["params", "tree"]
 )
-def test_nobody_gets_another_answer(
-    kind: str, make: Callable[[random.Random], Any], batching: str, tree: Path
-) -> None:
+def test_nobody_gets_another_answer(kind: str, make: Callable[[random.Random], Any], batching: str, tree: Path) -> None:
     path = tree if kind == "tree" else model_path(kind)
     rng = random.Random(0)
     bodies = [json.dumps(make(rng)).encode() for _ in range(400)]

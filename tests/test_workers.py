@@ -55,6 +55,13 @@ def load():
     if kind == "slow":
         while not (home / "go").exists():
             time.sleep(0.01)
+    if kind == "no room":
+        fork, refusals = os.fork, [OSError(11, "Resource temporarily unavailable")] * 3
+        def refuse():
+            if refusals:
+                raise refusals.pop()
+            return fork()
+        os.fork = refuse
     if kind == "threads":
         threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
     if kind == "file":
@@ -233,6 +240,13 @@ def test_workers_that_keep_dying_are_given_longer_and_longer_pauses(toy: Callabl
     assert served.end() == 0
     pauses = re.findall(r"worker 2 .* ended with exit code 0; starting another in (\S+) s", served.log)
     assert pauses[:5] == ["0.001", "0.002", "0.004", "0.006", "0.006"]
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(toy: Callable[..., Toy]) -> None:
+    served = toy("no room", "FIRST_PAUSE_SECONDS=0.001")
+    wait_until(lambda: len(served.ready()) == 2, "both workers")
+    assert served.log.count("worker 1 cannot be started: [Errno 11] Resource temporarily unavailable") == 3
+    assert served.end() == 0
 
 
 def test_a_worker_that_was_steady_is_replaced_without_a_long_pause(toy: Callable[..., Toy]) -> None:
