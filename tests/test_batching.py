@@ -59,10 +59,10 @@ def write(output: Any) -> bytes:
 class Bench:
     """A batcher in front of a `Doubler`."""
 
-    def __init__(self, limits: Limits = Limits(), *, batching: bool = True) -> None:
+    def __init__(self, limits: Limits | None = None, *, batching: bool = True) -> None:
         self.model = Doubler()
         self.hung = 0
-        self.batcher = Batcher(self.model, InferenceThread(), limits, batching=batching, on_hang=self.hang)
+        self.batcher = Batcher(self.model, InferenceThread(), limits or Limits(), batching=batching, on_hang=self.hang)
 
     def hang(self) -> None:
         self.hung += 1
