@@ -50,6 +50,7 @@ lock: $(READY)  ## Pin and hash the newest dependencies that pyproject.toml allo
 	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/runtime.txt
 	for flavor in $(FLAVORS); do \
 	  $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt -o requirements/$$flavor.txt || exit 1; done
+	$(BIN)/python -m bench.lock
 
 # The runtime and the flavors get the versions that the tests ran with.
 FLAVORS := sklearn lightgbm xgboost

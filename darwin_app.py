@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,6 +21,7 @@ import darwin_protocols as protocols
 from darwin_batching import Batcher, Gone, InferenceThread, Limits, Overloaded, TooSlow
 from darwin_cells import InputError
 from darwin_model import Model, Refused
+from darwin_plan import ParamPlan, Plan
 from darwin_protocols import Malformed, NotReady, Reply, Unsupported
 from darwin_startup import example_rows
 
@@ -84,29 +86,22 @@ class Service:
 EXPECTED = (InputError, Malformed, Unsupported, Refused, NotReady, Overloaded)
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
+Read = Callable[[bytes, str | None, Plan, ParamPlan], protocols.Request]
 
 
 def make_app(service: Service, root_path: str = "") -> ASGIApp:
     """The HTTP application. It works behind a proxy that strips `root_path` and behind one that doesn't."""
 
     async def predict(request: HttpRequest) -> Response:
-        def read(body: bytes, model: Model) -> protocols.Request:
-            return protocols.read_predict(body, model.plan, model.params)
-
-        return await answer(request, read, protocols.write_scores)
+        return await answer(request, protocols.read_predict, protocols.write_scores)
 
     async def invocations(request: HttpRequest) -> Response:
-        def read(body: bytes, model: Model) -> protocols.Request:
-            return protocols.read_invocations(body, request.headers.get("content-type"), model.plan, model.params)
+        return await answer(request, protocols.read_invocations, protocols.write_predictions)
 
-        return await answer(request, read, protocols.write_predictions)
-
-    async def answer(
-        request: HttpRequest, read: Callable[[bytes, Model], protocols.Request], write: Callable[[Any], bytes]
-    ) -> Response:
+    async def answer(request: HttpRequest, read: Read, write: Callable[[Any], bytes]) -> Response:
         body, model = await request.body(), service.model
-        aside = len(body) > PARSE_ASIDE_BYTES
-        asked = await asyncio.to_thread(read, body, model) if aside else read(body, model)
+        given = (body, request.headers.get("content-type"), model.plan, model.params)
+        asked = read(*given) if len(body) <= PARSE_ASIDE_BYTES else await asyncio.to_thread(read, *given)
         done = await service.batcher.predict(asked.rows, asked.params, write, len(body), request.is_disconnected)
         return Response(done, media_type=protocols.JSON)
 
@@ -137,7 +132,6 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         return protocols.darwin_failure(error, inputs)
 
     routes: list[tuple[str, str, Handler, Callable[[Exception], Reply]]] = [
-        # The first that matches is taken: what is asked most comes first.
         ("POST", "/predict", predict, darwin_failure),
         ("POST", "/invocations", invocations, protocols.mlflow_failure),
         ("GET", "/schema", schema, darwin_failure),
@@ -148,15 +142,21 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         ("GET", "/ping", ping, protocols.mlflow_failure),
         ("GET", "/version", version, protocols.mlflow_failure),
     ]
+    endpoints = {(verb, path): Speaking(handler, word) for verb, path, handler, word in routes}
     app = Starlette(
-        routes=[Route(path, _speaking(handler, word), methods=[verb]) for verb, path, handler, word in routes],
+        routes=[Route(path, endpoint, methods=[verb]) for (verb, path), endpoint in endpoints.items()],
         exception_handlers={HTTPException: _http_error},
     )
 
     async def rooted(scope: Scope, receive: Receive, send: Send) -> None:
         if not service.keep_alive:
             send = _closing(send)
-        await app({**scope, "root_path": root_path} if root_path else scope, receive, send)
+        # Searching the routes, and layers for what our endpoints never raise, take Starlette as long as a prediction.
+        direct = endpoints.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if direct:
+            await direct(scope, receive, send)
+        else:
+            await app({**scope, "root_path": root_path} if root_path else scope, receive, send)
 
     return rooted
 
@@ -172,22 +172,26 @@ def _closing(send: Send) -> Send:
     return closing
 
 
-def _speaking(handler: Handler, word: Callable[[Exception], Reply]) -> Handler:
-    """`handler`, with every exception answered in its protocol's words."""
+@dataclass(frozen=True)
+class Speaking:
+    """The ASGI application of one route: `handler`, with every exception put in its protocol's words by `word`."""
 
-    async def handle(request: HttpRequest) -> Response:
+    handler: Handler
+    word: Callable[[Exception], Reply]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = HttpRequest(scope, receive)
         try:
-            return await handler(request)
+            response = await self.handler(request)
         except (ClientDisconnect, Gone):
-            return Response(status_code=400)  # nobody reads it
+            response = Response(status_code=400)  # nobody reads it
         except Exception as error:
             if isinstance(error, TooSlow):
                 logger.warning("%s: %s", request.url.path, error)
             elif not isinstance(error, EXPECTED):
                 logger.error("%s failed: %s", request.url.path, error, exc_info=error)
-            return _response(word(error))
-
-    return handle
+            response = _response(self.word(error))
+        await response(scope, receive, send)
 
 
 async def _http_error(_: HttpRequest, error: Exception) -> Response:

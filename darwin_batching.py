@@ -29,16 +29,16 @@ MAX_QUEUE_BYTES = 64 * 1024 * 1024
 # What one waiting request occupies besides its body.
 REQUEST_BYTES = 4096
 
-# While each turn of the event loop brings companions, a batch waits for more, so long at most.
+# While the event loop's turns bring companions, a batch waits for more, so long at most. A request that has arrived is
+# read in one turn and admitted in the next; those who just had their answer need one more to ask again.
 GATHER_SECONDS = 0.005
-# Reading a request and running its handler are two turns.
-QUIET_TURNS = 3
-# Those just answered tend to ask again: until most are back, a batch waits, for this share of what it costs to run one.
-LINGER_SHARE = 1 / 4
+TURNS, TURNS_IF_EXPECTED = 2, 4
+# Until most of those are back, a batch waits for this share of what it costs to run one.
 MOST = 3 / 4
+LINGER_SHARE = 1 / 4
 
 # A client that has waited longer than this may have given up.
-SUSPECT_SECONDS = 0.05
+SUSPECT_SECONDS = 0.25
 
 logger = logging.getLogger("darwin.batching")
 
@@ -139,13 +139,14 @@ class Batcher:
         self._running: list[Job] = []
         self._started = 0.0
         self._looking = False
-        self._admitted = self._seen = self._quiet = 0
+        # Since when a batch is being gathered, and for how many turns of the loop nobody has come.
         self._looked = 0.0
+        self._quiet = 0
         # How many rows were being served when the latest batch was delivered, and when that was; what a batch costs at
         # least, and what a row costs in it.
         self._around = 0
         self._delivered = 0.0
-        self._batch_seconds = 0.0
+        self._batch_seconds = math.inf
         self._row_seconds = 0.0
 
     @property
@@ -174,7 +175,7 @@ class Batcher:
         self._queues.setdefault(self._key(job), deque()).append(job)
         self._rows += rows.count
         self._bytes += size
-        self._admitted += 1
+        self._quiet = 0
         self._open.append(job)
         if self._alarm is None:
             self._alarm = loop.call_later(self._limits.timeout, self._expire)
@@ -194,14 +195,14 @@ class Batcher:
         """Start a batch, unless companions are arriving, which cost less now than alone."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._quiet = 0 if self._admitted != self._seen else self._quiet + 1
-        self._seen = self._admitted
+        self._quiet += 1
         if self._rows < self._limits.batch_rows:
             expected = self._rows < MOST * self._around
-            if self._quiet < (QUIET_TURNS if expected else 1) and now - self._looked < GATHER_SECONDS:
+            turns = TURNS_IF_EXPECTED if expected else TURNS
+            if self._quiet < turns and now - self._looked < GATHER_SECONDS:
                 loop.call_soon(self._look)
                 return
-            linger = self._batch_seconds * LINGER_SHARE
+            linger = min(self._batch_seconds * LINGER_SHARE, GATHER_SECONDS)
             if expected and now - self._delivered < linger:
                 loop.call_later(linger / 4, self._look)
                 return
@@ -236,7 +237,10 @@ class Batcher:
         """Run `batch` without the jobs whose client has gone."""
         wanted = []
         for job in batch:
-            if await job.gone():
+            gone = await job.gone()
+            if job.answer.done():
+                continue
+            if gone:
                 job.answer.set_exception(Gone())
             else:
                 wanted.append(job)

@@ -89,7 +89,7 @@ def _object(body: bytes) -> dict[str, Any]:
 # Darwin
 
 
-def read_predict(body: bytes, plan: Plan, params: ParamPlan) -> Request:
+def read_predict(body: bytes, _: str | None, plan: Plan, params: ParamPlan) -> Request:
     """`{"features": {…} or [{…}, …], "params"?: {…}}`. Raises `Malformed` or `InputError`."""
     request = _object(body)
     stored = [key for key in STORE_KEYS if request.get(key) is not None]

@@ -208,6 +208,8 @@ def make_server(settings: Settings, closed: Callable[[], None] = lambda: None) -
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # nothing here depends on who asks
+        server_header=False,
         # A client that stops half-way through its request must not hold up the end.
         timeout_graceful_shutdown=math.ceil(settings.request_timeout) + 1,
     )

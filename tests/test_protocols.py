@@ -23,7 +23,7 @@ PARAMS = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": Non
 
 
 def predict(body: bytes) -> protocols.Request:
-    return protocols.read_predict(body, PLAN, PARAMS)
+    return protocols.read_predict(body, None, PLAN, PARAMS)
 
 
 def invoke(body: bytes, content_type: str | None = "application/json") -> protocols.Request:

@@ -597,7 +597,7 @@ def test_who_leaves_while_waiting_is_not_run(tmp_path: Path) -> None:
         running = pool.submit(served.post, "/predict", ask("first"))
         wait_until((tmp_path / "first").exists, "the prediction")
         with pytest.raises(requests.ReadTimeout):
-            requests.post(served.url + "/predict", json=ask("left"), timeout=0.3)
+            requests.post(served.url + "/predict", json=ask("left"), timeout=1)
         last = pool.submit(served.post, "/predict", ask("last"))
         (tmp_path / "leave").touch()
         assert [running.result().status_code, last.result().status_code] == [200, 200]

@@ -1,0 +1,59 @@
+"""Pin and hash what each peer needs: `python -m bench.lock` makes bench/requirements/*.txt from the *.in beside them.
+
+The libraries that models are made of get the versions of requirements/, so that every server loads the same files.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import ROOT
+
+_SHARED = {
+    "joblib",
+    "lightgbm",
+    "mlflow",
+    "mlflow-skinny",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "scipy",
+    "skops",
+    "xgboost-cpu",
+}
+
+_PIN = re.compile(r"^(?P<pin>(?P<name>[\w-]+)==.*?) \\$", re.MULTILINE)
+
+
+def _pins() -> list[str]:
+    """Constraints such as `numpy==2.2.6 ; python_full_version < '3.11'`."""
+    text = "\n".join(lock.read_text() for lock in sorted((ROOT / "requirements").glob("*.txt")))
+    return sorted({found["pin"] for found in _PIN.finditer(text) if found["name"] in _SHARED})
+
+
+def _uv() -> str:
+    beside = Path(sys.executable).with_name("uv")
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if not found:
+        sys.exit("uv is needed: pip install uv")
+    return found
+
+
+def main() -> None:
+    options = ["--quiet", "--upgrade", "--universal", "--python-version", "3.10", "--generate-hashes"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("\n".join(_pins()) + "\n")
+        constraints.flush()
+        for wanted in sorted((ROOT / "bench" / "requirements").glob("*.in")):
+            made = wanted.with_suffix(".txt")
+            command = [_uv(), "pip", "compile", *options, "--no-annotate", "--no-header", "-c", constraints.name]
+            subprocess.run([*command, wanted, "-o", made], check=True)
+
+
+if __name__ == "__main__":
+    main()

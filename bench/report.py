@@ -1,0 +1,99 @@
+"""Outcomes as a table, and as the document that the repository keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bench import envs, machine
+from bench.outcome import Outcome, Row
+from bench.servers import SERVERS
+
+_HEAD = ("case", "who", "figure", "median latency", "ours is", "bar", "met")
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """A Markdown table, padded so that it can also be read as it is."""
+    lines = [_HEAD, *(cells for outcome in outcomes for cells in _cells(outcome))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+    return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
+
+
+def _cells(outcome: Outcome) -> Iterable[tuple[str, ...]]:
+    for number, row in enumerate(outcome.rows):
+        figure = row.figure.replace("|", "\\|")  # an error message may hold anything
+        yield (outcome.case if not number else "", row.who, figure, row.latency, _times(row), row.bar, _met(row))
+
+
+def _times(row: Row) -> str:
+    if row.ratio is None:
+        return ""
+    return f"{row.ratio:.{2 if row.ratio < 10 else 1}f} ×"
+
+
+def _met(row: Row) -> str:
+    return {True: "yes", False: "**no**", None: ""}[row.met]
+
+
+def document(outcomes: Sequence[Outcome], rounds: int, seconds: int) -> str:
+    """RESULTS.md."""
+    bars = [row.met for outcome in outcomes for row in outcome.rows if row.met is not None]
+    parts = [
+        "# Results",
+        f"{sum(bars)} of {len(bars)} bars are met. `make bench` made this file; make it anew rather than edit it.",
+        table(outcomes).rstrip(),
+        _METHOD.format(rounds=rounds, seconds=seconds).strip(),
+        "## Settings",
+        _settings(),
+        "## Versions",
+        _versions(),
+        "## Machine",
+        "\n".join(f"- {name}: {value}" for name, value in machine.describe().items()),
+        "## Again",
+        _AGAIN.strip(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings() -> str:
+    return "\n".join(f"- **{server.title}**: {server.settings}" for server in SERVERS.values())
+
+
+def _versions() -> str:
+    lines: dict[str, str] = {}
+    for server in SERVERS.values():
+        found = envs.versions(server.env, server.packages)
+        # A server that is measured with two settings, or shares our environment, is told once.
+        lines.setdefault(server.env, f"- **{server.title}**: {', '.join(f'{name} {found[name]}' for name in found)}")
+    return "\n".join(lines.values())
+
+
+_METHOD = """
+## Method
+
+- Servers run one at a time, each on one core, and wrk on another. Every round turns their order around. A figure is the
+  median of {rounds} rounds of {seconds} s each, after a warm-up.
+- "Ours is" divides our figure by the one in its line: requests (of one row: rows) per second, time, or memory.
+- All load the same saved model and have the same versions of the libraries it is made of. Each is sent the same 64 rows
+  in turn, one in each request, in its own users' format; wrk compares every answer with the model's. One that is wrong,
+  missing or not a 200 makes the run void.
+- Two limits are measured beside them: the same HTTP stack (Starlette on uvicorn) that sends the body back, and the
+  model alone in a loop on arrays.
+- Time to ready is from the start of the process to the first 200 of the readiness route, against a fresh interpreter
+  that does nothing but `import mlflow.pyfunc; mlflow.pyfunc.load_model(...)`: until it has ended, and until it has
+  loaded, for ending takes it a while, too.
+- Memory is the sum of the proportional set sizes of all processes of the server, after requests to each.
+- Probes are sent one after the other, 10 ms apart, each over a connection of its own.
+"""
+
+_AGAIN = """
+With two cores and [wrk](https://github.com/wg/wrk) (`apt-get install wrk`):
+
+```sh
+make bench                                                 # everything; this file is made anew
+make bench ARGS="--cases logistic-32 --rounds 1 --peers mlflow,echo"   # a part of it, printed only
+```
+"""
