@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 import darwin_fetch
+import darwin_memory
 import darwin_workers
 from darwin_cpus import cpu_limit, default_workers, share_cpus
 from darwin_env import Reader
@@ -239,6 +240,7 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
         server.service.use(model, batching=batching, on_hang=server.give_up)
         gc.freeze()
         gc.enable()
+        darwin_memory.keep_buffers()
 
     return server.service.inference.submit(start)
 

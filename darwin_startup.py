@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import darwin_cache
+import darwin_memory
 import darwin_model
 import darwin_output
 import darwin_protocols as protocols
@@ -83,9 +82,7 @@ def load(path: Path, model_config: Mapping[str, Any] | None = None) -> Model:
         if altered := _altered(found):
             raise RoleError(f"{error}. {'; '.join(altered)}: delete {found} and run download.py again") from error
         raise
-    # Reading a forest of trees leaves half of the process's memory free, and glibc would keep it.
-    with contextlib.suppress(AttributeError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
+    darwin_memory.give_back()
     return model
 
 

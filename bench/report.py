@@ -76,7 +76,9 @@ _METHOD = """
 
 - Servers run one at a time, each on one core, and wrk on another. Every round turns their order around. A figure is the
   median of {rounds} rounds of {seconds} s each, after a warm-up.
-- "Ours is" divides our figure by the one in its line: requests (of one row: rows) per second, time, or memory.
+- "Ours is" compares with the server in its line, in the same round, and is the median of that over the rounds, because
+  the speed of a machine drifts: by requests (of one row: rows) per second; by median latency where there is one
+  connection, which leaves out what the load generator does between two requests; by time, or by memory.
 - All load the same saved model and have the same versions of the libraries it is made of. Each is sent the same 64 rows
   in turn, one in each request, in its own users' format; wrk compares every answer with the model's. One that is wrong,
   missing or not a 200 makes the run void.
