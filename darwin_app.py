@@ -72,6 +72,10 @@ class Service:
             raise NotReady("the model is still loading")
         return self._batcher
 
+    def check_loaded(self) -> None:
+        """Raise `NotReady` until there is a model."""
+        _ = self.batcher
+
     def check_ready(self) -> None:
         """Raise `NotReady` unless a request that comes now would be answered."""
         if self.draining:
@@ -106,7 +110,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         return Response(done, media_type=protocols.JSON)
 
     async def schema(_: HttpRequest) -> Response:
-        assert service.model
+        service.check_loaded()
         return _response(service.schema)
 
     async def livez(_: HttpRequest) -> Response:
@@ -117,11 +121,11 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         return _json({"status": "ready", "model_loaded": True})
 
     async def healthcheck(_: HttpRequest) -> Response:
-        assert service.model
+        service.check_loaded()
         return _json({"status": "SUCCESS", "message": "OK"})
 
     async def ping(_: HttpRequest) -> Response:
-        assert service.model
+        service.check_loaded()
         return Response("\n", media_type=protocols.JSON)
 
     async def version(_: HttpRequest) -> Response:
@@ -147,6 +151,8 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         routes=[Route(path, endpoint, methods=[verb]) for (verb, path), endpoint in endpoints.items()],
         exception_handlers={HTTPException: _http_error},
     )
+    # Where that leads depends on what proxies do.
+    app.router.redirect_slashes = False
 
     async def rooted(scope: Scope, receive: Receive, send: Send) -> None:
         if not service.keep_alive:

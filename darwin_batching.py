@@ -1,12 +1,13 @@
 """Admission and work-conserving batching in front of one inference thread.
 
-Whenever the thread is free it is given all that waits and may be put together, so nobody waits for a timer. This module
-knows rows and how to put them together, neither MLflow nor HTTP.
+Whenever the thread is free it is given all that waits and may be put together; a request that comes alone waits for no
+other. This module knows rows and how to put them together, neither MLflow nor HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import queue
@@ -137,7 +138,8 @@ class Batcher:
         self._open: deque[Job] = deque()
         self._alarm: asyncio.TimerHandle | None = None
         self._running: list[Job] = []
-        self._started = 0.0
+        # When that began; and the one that is looked after again, for it was late.
+        self._started = self._watched = 0.0
         self._looking = False
         # Since when a batch is being gathered, and for how many turns of the loop nobody has come.
         self._looked = 0.0
@@ -196,7 +198,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._quiet += 1
-        if self._rows < self._limits.batch_rows:
+        if self._batching and self._rows < self._limits.batch_rows:
             expected = self._rows < MOST * self._around
             turns = TURNS_IF_EXPECTED if expected else TURNS
             if self._quiet < turns and now - self._looked < GATHER_SECONDS:
@@ -237,7 +239,9 @@ class Batcher:
         """Run `batch` without the jobs whose client has gone."""
         wanted = []
         for job in batch:
-            gone = await job.gone()
+            gone = False
+            with contextlib.suppress(Exception):
+                gone = await job.gone()
             if job.answer.done():
                 continue
             if gone:
@@ -265,13 +269,28 @@ class Batcher:
     def _answer(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """On the inference thread: have the model answer, and tell the event loop."""
         began = perf_counter()
-        answers = answer_together(self._predict, batch) if len(batch) > 1 else None
-        if answers is None:
-            answers = [answer_alone(self._predict, job) for job in batch]
-        loop.call_soon_threadsafe(self._deliver, batch, answers, perf_counter() - began)
+        answers = self._together(batch) if len(batch) > 1 else [answer_alone(self._predict, batch[0])]
+        with contextlib.suppress(RuntimeError):  # the loop has ended without waiting for us
+            loop.call_soon_threadsafe(self._deliver, batch, answers, perf_counter() - began)
 
-    def _deliver(self, batch: list[Job], answers: Sequence[bytes | BaseException], seconds: float) -> None:
-        for job, answer in zip(batch, answers, strict=True):
+    def _together(self, batch: list[Job]) -> list[bytes | BaseException] | None:
+        """The answer to each of `batch`, which go to the model at once; None if each has to be asked alone."""
+        try:
+            output = self._predict(together([job.rows for job in batch]), batch[0].params)
+        except BaseException:
+            return None  # alone, each gets the error that is its own
+        parts = split(output, [job.rows.count for job in batch])
+        if parts is None:
+            logger.warning("the model does not answer with a row for each of several: rows are not batched any more")
+            self._batching = False
+            return None
+        return [_written(job, part) for job, part in zip(batch, parts, strict=True)]
+
+    def _deliver(self, batch: list[Job], answers: Sequence[bytes | BaseException] | None, seconds: float) -> None:
+        if answers is None:
+            self._put_back(batch)
+            answers = ()
+        for job, answer in zip(batch, answers, strict=False):
             if job.answer.done():  # too late, or nobody waits
                 continue
             if isinstance(answer, BaseException):
@@ -283,6 +302,12 @@ class Batcher:
         self._learn(seconds, sum(job.rows.count for job in batch))
         self._running = []
         self._look_again(asyncio.get_running_loop())
+
+    def _put_back(self, batch: list[Job]) -> None:
+        """Have each of `batch` go next, alone."""
+        self._queues = {**{job: deque([job]) for job in batch}, **self._queues}
+        self._rows += sum(job.rows.count for job in batch)
+        self._bytes += sum(job.size for job in batch)
 
     def _learn(self, seconds: float, rows: int) -> None:
         self._around, self._delivered = rows + self._rows, asyncio.get_running_loop().time()
@@ -300,11 +325,12 @@ class Batcher:
                 job.answer.set_exception(TooSlow(f"no answer within {self._limits.timeout:g} seconds"))
         if self._open:
             self._alarm = loop.call_at(self._open[0].since + self._limits.timeout, self._expire)
-        if self._running:
-            loop.call_at(self._started + 2 * self._limits.timeout, self._check, self._running)
+        if self._running and self._watched != self._started:
+            self._watched = self._started
+            loop.call_at(self._started + 2 * self._limits.timeout, self._check, self._started)
 
-    def _check(self, batch: list[Job]) -> None:
-        if self._running is batch:
+    def _check(self, started: float) -> None:
+        if self._running and self._started == started:
             self._on_hang()
 
 
@@ -316,18 +342,6 @@ def answer_alone(predict: Predict, job: Job) -> bytes | BaseException:
         return job.write(predict(job.rows, job.params))
     except BaseException as error:  # whatever it is, the one waiting must hear of it
         return error
-
-
-def answer_together(predict: Predict, batch: Sequence[Job]) -> list[bytes | BaseException] | None:
-    """The answer to each of `batch`, which go to the model at once; None if that fails, or has not a row for each."""
-    try:
-        output = predict(together([job.rows for job in batch]), batch[0].params)
-        parts = split(output, [job.rows.count for job in batch])
-    except BaseException:
-        return None  # one by one, each gets the error that is its own
-    if parts is None:
-        return None
-    return [_written(job, part) for job, part in zip(batch, parts, strict=True)]
 
 
 def _written(job: Job, output: Any) -> bytes | BaseException:

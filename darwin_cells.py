@@ -232,7 +232,9 @@ def doubles(values: Sequence[float]) -> Array:
     """`values`, floats and integers, as an array of 64 bits; a third of the time that numpy takes for many of them."""
     if len(values) < 100:
         return np.array(values, dtype=np.float64)
-    return np.frombuffer(struct.pack(f"{len(values)}d", *values), dtype=np.float64).copy()
+    # A copy, for bytes can't be written to.
+    array: Array = np.frombuffer(struct.pack(f"{len(values)}d", *values), dtype=np.float64).copy()
+    return array
 
 
 def _floating(name: str, dtype: str) -> Cell:

@@ -18,7 +18,7 @@ def give_back() -> None:
 
 
 def keep_buffers() -> None:
-    """Keep up to `KEPT_BYTES` for the next large body: mapping 2 MB anew for each takes longer than reading them."""
+    """Keep up to `KEPT_BYTES`, a thread, for the next large body: mapping it anew takes longer than reading it."""
     with contextlib.suppress(AttributeError):
         for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(threshold, KEPT_BYTES)

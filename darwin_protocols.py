@@ -79,7 +79,7 @@ def _object(body: bytes) -> dict[str, Any]:
         value = orjson.loads(body)
         if _LONG_INTEGER in body.translate(_DIGITS):
             value = json.loads(body)  # exact, where orjson makes floats of integers beyond 64 bits
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise Malformed(f"the body must be a JSON object, not {'an array' if isinstance(value, list) else 'a value'}")

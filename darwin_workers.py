@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, NoReturn, Protocol, TypeVar
 
+import darwin_memory
 from darwin_log import RoleError
 
 T = TypeVar("T")
@@ -208,6 +209,7 @@ class _Supervisor(Generic[T]):
         self._waiting_room: _Worker | None = None
         self._start: Callable[[str], _Worker] | None = None  # how to, once it is known
         self._sharing = True
+        self._dropped = False
         self._proven = False
         self._stopping = False
         self._arriving = arriving
@@ -224,6 +226,10 @@ class _Supervisor(Generic[T]):
                     key.data()
                 self._bury()
                 self._kill_overdue()
+                if self._dropped:  # nothing holds what was loaded any more
+                    self._dropped = False
+                    gc.collect()
+                    darwin_memory.give_back()
                 self._fill_posts()
         finally:
             for worker in self._living():
@@ -298,7 +304,8 @@ class _Supervisor(Generic[T]):
         self._sharing = False
         self._start = self._spawn
         gc.unfreeze()
-        gc.collect()
+        gc.enable()
+        self._dropped = True
 
     # Births
 

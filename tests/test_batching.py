@@ -154,6 +154,22 @@ def test_a_bad_request_in_a_batch_fails_alone() -> None:
     run(test)
 
 
+def test_after_a_batch_failed_each_is_answered_as_soon_as_it_can_be() -> None:
+    async def test() -> None:
+        bench = Bench()
+        last = bench.model.hold(4)  # after the batch, and two of its requests
+        good, bad, held = (bench.ask(value) for value in (1, -1, 2))
+        assert await good == b"[2.0]"
+        with pytest.raises(ValueError, match="no negative numbers"):
+            await bad
+        assert not held.done()
+        last.set()
+        assert await held == b"[4.0]"
+        assert [call for call, _ in bench.model.calls] == [[1, -1, 2], [1], [-1], [2]]
+
+    run(test)
+
+
 def test_an_answer_that_can_not_be_written_fails_alone() -> None:
     def picky(output: Any) -> bytes:
         assert output[0] != 2.0
@@ -170,12 +186,17 @@ def test_an_answer_that_can_not_be_written_fails_alone() -> None:
     run(test)
 
 
-def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one() -> None:
+def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         thread, limits = InferenceThread(), Limits()
         batcher = Batcher(lambda given, _: [given.count], thread, limits, batching=True, on_hang=lambda: None)
         asked = [batcher.predict(rows(*range(n)), {}, write, 1, still_there) for n in (1, 2, 3)]
         assert await asyncio.gather(*asked) == [b"[1]", b"[2]", b"[3]"]
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        # Once that is known, it isn't tried again.
+        again = [batcher.predict(rows(*range(n)), {}, write, 1, still_there) for n in (1, 2)]
+        assert list(await asyncio.gather(*again)) == [b"[1]", b"[2]"]
+        assert len(caplog.records) == 1
 
     run(test)
 

@@ -256,3 +256,9 @@ def test_a_dataclass_is_a_score() -> None:
         score: float
 
     assert protocols.write_scores(Answer(1.5)) == protocols.dump({"scores": [{"score": 1.5}]})
+
+
+def test_deep_nesting_beside_a_long_integer() -> None:
+    body = b'{"features": ' + b"[" * 1010 + b"1234567890123456789" + b"]" * 1010 + b"}"
+    with pytest.raises((Malformed, InputError)):
+        predict(body)

@@ -438,8 +438,9 @@ def test_wrong_methods(ours: Callable[[str], str], verb: str, path: str) -> None
 
 
 def test_unknown_paths(ours: Callable[[str], str]) -> None:
-    answer = requests.get(ours("iris") + "/nowhere", timeout=60)
-    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+    for path in ("/nowhere", "/predict/"):
+        answer = requests.get(ours("iris") + path, timeout=60)
+        assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
 
 
 def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
