@@ -204,7 +204,10 @@ def _pieces(lines: bytes) -> Iterator[bytes]:
 
 
 class ColumnPlan:
-    """A signature of typed columns. Extra columns are ignored; the order of named ones does not matter."""
+    """A signature of typed columns. Extra columns are ignored; the order of named ones does not matter.
+
+    If `all_floats`, complete tables are one matrix of them.
+    """
 
     def __init__(self, specs: Sequence[Spec]) -> None:
         self.named = specs[0].get("name") is not None
@@ -223,6 +226,7 @@ class ColumnPlan:
         # Columns of one numeric type make a matrix, called this.
         uniform = self._distinct and len(of_type) == 1 and int in self.columns[0].cell.plain
         self._names = pd.DataFrame({column.name: [] for column in self.columns}).columns if uniform else None
+        self.all_floats = uniform and self.columns[0].cell.name in ("float", "double")
         self._kind = f"{'matrix' if uniform else 'table'} of {specs}"
         self.inputs = describe(specs)
 
@@ -499,6 +503,8 @@ class Tensor:
 class TensorPlan:
     """A signature of one unnamed tensor, or of named ones."""
 
+    all_floats = False
+
     def __init__(self, specs: Sequence[Spec]) -> None:
         self.tensors = []
         for spec in specs:
@@ -603,6 +609,7 @@ class UncheckedPlan:
     """No signature: the same objects that MLflow's scoring server would hand to such a model."""
 
     inputs: Sequence[Spec] = ()
+    all_floats = False
 
     def records(self, rows: Any) -> Rows:
         rows = _need_rows(rows, "a list of at least one object")

@@ -20,8 +20,8 @@ Environment (empty means unset):
   LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME
                           info; text or json (json unless ENV is local, dev or development); a name for each line
 
-Exit codes: 0 stopped by SIGTERM or SIGINT; 1 the port is taken, or the model is not there, does not load, or fails on
-its own input example; 2 bad settings.
+Exit codes: 0 stopped by SIGTERM or SIGINT; 1 the port is taken, or the model is not there, does not load, fails on its
+own input example, or hangs; 2 bad settings.
 """
 
 from __future__ import annotations

@@ -262,3 +262,26 @@ def test_deep_nesting_beside_a_long_integer() -> None:
     body = b'{"features": ' + b"[" * 1010 + b"1234567890123456789" + b"]" * 1010 + b"}"
     with pytest.raises((Malformed, InputError)):
         predict(body)
+
+
+@pytest.mark.parametrize("value", ["100000000000000000001", "123456789012345678901234567890", "-9223372036854775809"])
+@pytest.mark.parametrize("place", ["cell", "param", "extra"])
+def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
+    plan = plan_of([{"type": "double", "name": "a"}])
+    params = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
+
+    def read(rows: int) -> protocols.Request:
+        cell = value if place == "cell" else "1.5"
+        extra = f', "b": {value}' if place == "extra" else ""
+        records = ", ".join([f'{{"a": 0.5{extra}}}'] * rows + [f'{{"a": {cell}}}'])
+        param = f', "params": {{"p": {value}}}' if place == "param" else ""
+        body = f'{{"dataframe_records": [{records}]{param}}}'.encode()
+        assert (len(body) > 16 * 1024) == (rows > 1)
+        return protocols.read_invocations(body, None, plan, params)
+
+    for rows in (1, 2000):
+        if place == "extra":
+            assert read(rows).rows.value[-1] == 1.5
+        else:
+            with pytest.raises(InputError, match="no such number has this type exactly"):
+                read(rows)
