@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -269,9 +270,12 @@ class Batcher:
     def _answer(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """On the inference thread: have the model answer, and tell the event loop."""
         began = perf_counter()
-        answers = self._together(batch) if len(batch) > 1 else [answer_alone(self._predict, batch[0])]
+        answers = self._together(batch) if len(batch) > 1 else [self._alone(batch[0])]
         with contextlib.suppress(RuntimeError):  # the loop has ended without waiting for us
             loop.call_soon_threadsafe(self._deliver, batch, answers, perf_counter() - began)
+
+    def _alone(self, job: Job) -> bytes | BaseException:
+        return _outcome(lambda: job.write(self._predict(job.rows, job.params)))
 
     def _together(self, batch: list[Job]) -> list[bytes | BaseException] | None:
         """The answer to each of `batch`, which go to the model at once; None if each has to be asked alone."""
@@ -284,7 +288,7 @@ class Batcher:
             logger.warning("the model does not answer with a row for each of several: rows are not batched any more")
             self._batching = False
             return None
-        return [_written(job, part) for job, part in zip(batch, parts, strict=True)]
+        return [_outcome(partial(job.write, part)) for job, part in zip(batch, parts, strict=True)]
 
     def _deliver(self, batch: list[Job], answers: Sequence[bytes | BaseException] | None, seconds: float) -> None:
         if answers is None:
@@ -334,20 +338,10 @@ class Batcher:
             self._on_hang()
 
 
-Predict = Callable[[Rows, Mapping[str, Any]], Any]
-
-
-def answer_alone(predict: Predict, job: Job) -> bytes | BaseException:
+def _outcome(write: Callable[[], bytes]) -> bytes | BaseException:
     try:
-        return job.write(predict(job.rows, job.params))
+        return write()
     except BaseException as error:  # whatever it is, the one waiting must hear of it
-        return error
-
-
-def _written(job: Job, output: Any) -> bytes | BaseException:
-    try:
-        return job.write(output)
-    except BaseException as error:
         return error
 
 
