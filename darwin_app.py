@@ -105,7 +105,11 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
     async def answer(request: HttpRequest, read: Read, write: Callable[[Any], bytes]) -> Response:
         body, model = await request.body(), service.model
         given = (body, request.headers.get("content-type"), model.plan, model.params)
-        asked = read(*given) if len(body) <= PARSE_ASIDE_BYTES else await asyncio.to_thread(read, *given)
+        if len(body) <= PARSE_ASIDE_BYTES:
+            asked = read(*given)
+        else:
+            with service.batcher.reading(len(body)):
+                asked = await asyncio.to_thread(read, *given)
         done = await service.batcher.predict(asked.rows, asked.params, write, len(body), request.is_disconnected)
         return Response(done, media_type=protocols.JSON)
 

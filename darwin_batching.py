@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -158,6 +158,16 @@ class Batcher:
         running = asyncio.get_running_loop().time() - self._started if self._running else 0.0
         return running if running > self._limits.timeout else 0.0
 
+    @contextlib.contextmanager
+    def reading(self, size: int) -> Iterator[None]:
+        """Count a body of `size` bytes among what waits, while it is parsed beside the loop. Raises `Overloaded`."""
+        self._check_room(0, size)
+        self._bytes += size
+        try:
+            yield
+        finally:
+            self._bytes -= size
+
     async def predict(
         self,
         rows: Rows,
@@ -172,8 +182,7 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         size += REQUEST_BYTES
-        if self._rows and (self._rows + rows.count > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES):
-            raise Overloaded(max(1, math.ceil(self._rows * self._row_seconds)))
+        self._check_room(rows.count, size)
         job = Job(rows, params, write, size, gone, loop.create_future(), loop.time())
         self._queues.setdefault(self._key(job), deque()).append(job)
         self._rows += rows.count
@@ -187,6 +196,12 @@ class Batcher:
             self._looked = job.since
             loop.call_soon(self._look)
         return await job.answer
+
+    def _check_room(self, rows: int, size: int) -> None:
+        """Raise `Overloaded` if this is more than may wait; alone, anything may."""
+        full = self._rows + rows > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES
+        if full and self._bytes:
+            raise Overloaded(max(1, math.ceil(self._rows * self._row_seconds)))
 
     def _key(self, job: Job) -> Hashable:
         kind = job.rows.kind if self._batching else None

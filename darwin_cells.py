@@ -129,6 +129,7 @@ class Cell:
     `convert` takes one value that is not null; `build` makes a column of what `convert` returned. A column whose
     Python types are all in `plain` is first offered whole to `bulk`, with its types, which returns None when a cell
     needs a look.
+    `of_doubles` makes a column of numbers that were read as 64-bit floats, or None when one may have been another.
     `null` and `optional_null` are what null becomes in a required and in an optional column.
     """
 
@@ -140,6 +141,7 @@ class Cell:
     from_text: Callable[[str], Any] = str
     plain: frozenset[type] = frozenset()
     bulk: Callable[[Sequence[Any], AbstractSet[type]], Array | None] = lambda *_: None
+    of_doubles: Callable[[Array], Array | None] = lambda _: None
     null: Any = _REFUSED
     optional_null: Any = None
     # Inside an array or object, MLflow would take a Python number for one of 64 bits: a numpy value keeps its width.
@@ -202,6 +204,12 @@ def _integer(name: str, dtype: str) -> Cell:
             return None
         return array.astype(dtype, copy=False)
 
+    def of_doubles(array: Array) -> Array | None:
+        if not (max(low, -_EXACT) < array.min() and array.max() < min(high, _EXACT)):
+            return None
+        integers = array.astype(dtype)
+        return integers if (integers == array).all() else None
+
     return Cell(
         name=name,
         schema={"type": "integer", "minimum": low, "maximum": high},
@@ -211,6 +219,7 @@ def _integer(name: str, dtype: str) -> Cell:
         from_text=_number_from_text,
         plain=frozenset({int}),
         bulk=bulk,
+        of_doubles=of_doubles,
         optional_null=_REFUSED,
         packed=dtype != "int64",
     )
@@ -221,11 +230,7 @@ def _largest_exact(dtype: Any) -> float:
     return float(2.0 ** (np.finfo(dtype).nmant + 1))
 
 
-def hides_digits(array: Array) -> bool:
-    """Whether a number may have been written as another one: an integer too large to be exact, or zero with a sign."""
-    if array.dtype.kind != "f":
-        return False
-    return bool((np.abs(array) >= _largest_exact(array.dtype)).any() or np.signbit(array[array == 0]).any())
+_EXACT = _largest_exact("float64")
 
 
 def doubles(values: Sequence[float]) -> Array:
@@ -267,6 +272,9 @@ def _floating(name: str, dtype: str) -> Cell:
             return None
         return array.astype(dtype, copy=False)
 
+    def of_doubles(array: Array) -> Array | None:
+        return array.astype(dtype, copy=False) if -exact < array.min() and array.max() < exact else None
+
     return Cell(
         name=name,
         schema={"type": ["number", "null"]},
@@ -276,6 +284,7 @@ def _floating(name: str, dtype: str) -> Cell:
         from_text=_number_from_text,
         plain=frozenset({int, float, type(None)}),
         bulk=bulk,
+        of_doubles=of_doubles,
         null=math.nan,
         optional_null=math.nan,
         packed=dtype != "float64",

@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import operator
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -32,8 +33,6 @@ from darwin_cells import (
     Spec,
     below,
     cell_of,
-    doubles,
-    hides_digits,
     in_bulk,
     or_null,
     parse_column,
@@ -193,6 +192,27 @@ def _read_csv(text: str) -> tuple[list[str], list[list[str]]]:
     return names, rows
 
 
+# What ends a line of numbers. Written in one, this number makes that none that can be read so.
+_LINE_END = b"-0.0"
+
+
+def _csv_matrix(lines: bytes, width: int) -> Array | None:
+    """`lines` of `width` numbers each, read as JSON, with a column more; None if they are anything else."""
+    parts = []
+    for piece in _pieces(lines):
+        try:
+            cells = orjson.loads(b"[" + piece.replace(b"\n", b",%b," % _LINE_END) + b",%b]" % _LINE_END)
+            parts.append(struct.pack(f"{len(cells)}d", *cells))
+        except (ValueError, struct.error):
+            return None
+    array = np.frombuffer(bytearray().join(parts))
+    if len(array) % (width + 1):
+        return None
+    matrix = array.reshape(-1, width + 1)
+    ends = np.signbit(matrix) & (matrix == 0)
+    return matrix if ends[:, width].all() and not ends[:, :width].any() else None
+
+
 def _pieces(lines: bytes) -> Iterator[bytes]:
     """`lines` in pieces of whole lines, small enough that what is made of one stays in the processor's cache."""
     begin = 0
@@ -331,29 +351,12 @@ class ColumnPlan:
         order = [where.get(key, -1) for key in self._keys_by_position(names)]
         if len(where) < len(names) or -1 in order:
             return None
-        parts = []
-        for lines in _pieces(body.rstrip("\n").encode()):
-            part = self._csv_lines(lines, len(names))
-            if part is None:
-                return None
-            parts.append(part)
-        array = np.concatenate(parts)
-        if hides_digits(array):
+        matrix = _csv_matrix(body.rstrip("\n").encode(), len(names))
+        if matrix is None:
             return None
-        matrix = array.reshape(-1, len(names))
-        return self._matrix(matrix if order == [*range(len(names))] else matrix.take(order, axis=1), Report())
-
-    def _csv_lines(self, lines: bytes, width: int) -> Array | None:
-        try:
-            cells = orjson.loads(b"[" + lines.replace(b"\n", b",null,") + b",null]")
-        except ValueError:
-            return None
-        # If the nulls, one for each line, are where lines of this width end, all lines have it.
-        if cells[width :: width + 1] != [None] * (lines.count(b"\n") + 1):
-            return None
-        del cells[width :: width + 1]
-        cell = self.columns[0].cell
-        return doubles(cells) if cell.name == "double" else in_bulk(cell, cells, Report())
+        # In the order of the signature, and free of what stood between the lines.
+        cells = self.columns[0].cell.of_doubles(matrix.take(order, axis=1))
+        return None if cells is None else self._matrix(cells, Report())
 
     def sample(self, rows: Rows | None) -> Any:
         """`features` for one row: the first of `rows`, or else made up from the types."""

@@ -232,6 +232,20 @@ def test_large_bodies_count_by_their_size() -> None:
     run(test)
 
 
+def test_bodies_being_parsed_count_among_what_waits() -> None:
+    async def test() -> None:
+        bench = Bench()
+        with bench.batcher.reading(MAX_QUEUE_BYTES + 1), pytest.raises(Overloaded), bench.batcher.reading(1):
+            pass
+        with pytest.raises(ValueError, match="bad"), bench.batcher.reading(MAX_QUEUE_BYTES):
+            raise ValueError("bad")
+        with bench.batcher.reading(MAX_QUEUE_BYTES), pytest.raises(Overloaded):
+            await bench.ask(1)
+        assert await bench.ask(1) == b"[2.0]"
+
+    run(test)
+
+
 def test_who_waits_too_long_is_told_and_not_run() -> None:
     async def test() -> None:
         bench = Bench(Limits(timeout=0.1))
