@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,7 +25,7 @@ from darwin_plan import ParamPlan, Plan
 from darwin_protocols import Malformed, NotReady, Reply, Unsupported
 from darwin_startup import example_rows
 
-# A larger body is parsed beside the event loop, which must go on answering probes.
+# A larger body is not parsed on the event loop, which must go on answering probes.
 PARSE_ASIDE_BYTES = 64 * 1024
 
 logger = logging.getLogger("darwin.serve")
@@ -104,13 +104,12 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
 
     async def answer(request: HttpRequest, read: Read, write: Callable[[Any], bytes]) -> Response:
         body, model = await request.body(), service.model
-        given = (body, request.headers.get("content-type"), model.plan, model.params)
-        if len(body) <= PARSE_ASIDE_BYTES:
-            asked = read(*given)
+        parse = partial(read, body, request.headers.get("content-type"), model.plan, model.params)
+        size, gone = len(body), request.is_disconnected
+        if size > PARSE_ASIDE_BYTES:
+            done = await service.batcher.parse_and_predict(parse, write, size, gone)
         else:
-            with service.batcher.reading(len(body)):
-                asked = await asyncio.to_thread(read, *given)
-        done = await service.batcher.predict(asked.rows, asked.params, write, len(body), request.is_disconnected)
+            done = await service.batcher.predict(*parse(), write, size, gone)
         return Response(done, media_type=protocols.JSON)
 
     async def schema(_: HttpRequest) -> Response:

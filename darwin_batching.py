@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -100,10 +100,14 @@ class InferenceThread:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A request on its way through the model. `since` is the event loop's time at which it was admitted."""
+    """A request on its way through the model. `since` is the event loop's time at which it was admitted.
 
-    rows: Rows
-    params: Mapping[str, Any]
+    One that is yet to be parsed has no `kind` that it could share with others, and counts as a full batch.
+    """
+
+    parse: Callable[[], tuple[Rows, Mapping[str, Any]]]
+    kind: Hashable | None
+    count: int
     write: Callable[[Any], bytes]
     size: int
     gone: Callable[[], Awaitable[bool]]
@@ -158,16 +162,6 @@ class Batcher:
         running = asyncio.get_running_loop().time() - self._started if self._running else 0.0
         return running if running > self._limits.timeout else 0.0
 
-    @contextlib.contextmanager
-    def reading(self, size: int) -> Iterator[None]:
-        """Count a body of `size` bytes among what waits, while it is parsed beside the loop. Raises `Overloaded`."""
-        self._check_room(0, size)
-        self._bytes += size
-        try:
-            yield
-        finally:
-            self._bytes -= size
-
     async def predict(
         self,
         rows: Rows,
@@ -180,12 +174,41 @@ class Batcher:
 
         Raises what predict and write raise, `Overloaded`, `TooSlow` and `Gone`.
         """
+        kind = rows.kind if self._batching else None
+        if kind is not None and params:
+            kind = (kind, repr(sorted(params.items())))
+        return await self._answered(lambda: (rows, params), kind, rows.count, write, size, gone)
+
+    async def parse_and_predict(
+        self,
+        parse: Callable[[], tuple[Rows, Mapping[str, Any]]],
+        write: Callable[[Any], bytes],
+        size: int,
+        gone: Callable[[], Awaitable[bool]],
+    ) -> bytes:
+        """The same for a request that takes long to parse: that, too, then waits its turn and is off the event loop.
+
+        Raises what parse raises, too.
+        """
+        return await self._answered(parse, None, self._limits.batch_rows, write, size, gone)
+
+    async def _answered(
+        self,
+        parse: Callable[[], tuple[Rows, Mapping[str, Any]]],
+        kind: Hashable | None,
+        count: int,
+        write: Callable[[Any], bytes],
+        size: int,
+        gone: Callable[[], Awaitable[bool]],
+    ) -> bytes:
         loop = asyncio.get_running_loop()
         size += REQUEST_BYTES
-        self._check_room(rows.count, size)
-        job = Job(rows, params, write, size, gone, loop.create_future(), loop.time())
-        self._queues.setdefault(self._key(job), deque()).append(job)
-        self._rows += rows.count
+        full = self._rows + count > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES
+        if full and self._rows:
+            raise Overloaded(max(1, math.ceil(self._rows * self._row_seconds)))
+        job = Job(parse, kind, count, write, size, gone, loop.create_future(), loop.time())
+        self._queues.setdefault(job if kind is None else kind, deque()).append(job)
+        self._rows += count
         self._bytes += size
         self._quiet = 0
         self._open.append(job)
@@ -196,18 +219,6 @@ class Batcher:
             self._looked = job.since
             loop.call_soon(self._look)
         return await job.answer
-
-    def _check_room(self, rows: int, size: int) -> None:
-        """Raise `Overloaded` if this is more than may wait; alone, anything may."""
-        full = self._rows + rows > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES
-        if full and self._bytes:
-            raise Overloaded(max(1, math.ceil(self._rows * self._row_seconds)))
-
-    def _key(self, job: Job) -> Hashable:
-        kind = job.rows.kind if self._batching else None
-        if kind is None:
-            return job
-        return (kind, repr(sorted(job.params.items()))) if job.params else kind
 
     def _look(self) -> None:
         """Start a batch, unless companions are arriving, which cost less now than alone."""
@@ -240,13 +251,13 @@ class Batcher:
         while self._queues and not batch:
             key = next(iter(self._queues))
             waiting = self._queues.pop(key)
-            while waiting and (not batch or count + waiting[0].rows.count <= self._limits.batch_rows):
+            while waiting and (not batch or count + waiting[0].count <= self._limits.batch_rows):
                 job = waiting.popleft()
-                self._rows -= job.rows.count
+                self._rows -= job.count
                 self._bytes -= job.size
                 if not job.answer.done():
                     batch.append(job)
-                    count += job.rows.count
+                    count += job.count
             if waiting:
                 self._queues[key] = waiting
         return batch
@@ -290,15 +301,16 @@ class Batcher:
             loop.call_soon_threadsafe(self._deliver, batch, answers, perf_counter() - began)
 
     def _alone(self, job: Job) -> bytes | BaseException:
-        return _outcome(lambda: job.write(self._predict(job.rows, job.params)))
+        return _outcome(lambda: job.write(self._predict(*job.parse())))
 
     def _together(self, batch: list[Job]) -> list[bytes | BaseException] | None:
         """The answer to each of `batch`, which go to the model at once; None if each has to be asked alone."""
+        parsed = [job.parse() for job in batch]
         try:
-            output = self._predict(together([job.rows for job in batch]), batch[0].params)
+            output = self._predict(together([rows for rows, _ in parsed]), parsed[0][1])
         except BaseException:
             return None  # alone, each gets the error that is its own
-        parts = split(output, [job.rows.count for job in batch])
+        parts = split(output, [job.count for job in batch])
         if parts is None:
             logger.warning("the model does not answer with a row for each of several: rows are not batched any more")
             self._batching = False
@@ -318,14 +330,14 @@ class Batcher:
                 job.answer.set_result(answer)
         while self._open and self._open[0].answer.done():
             self._open.popleft()
-        self._learn(seconds, sum(job.rows.count for job in batch))
+        self._learn(seconds, sum(job.count for job in batch))
         self._running = []
         self._look_again(asyncio.get_running_loop())
 
     def _put_back(self, batch: list[Job]) -> None:
         """Have each of `batch` go next, alone."""
         self._queues = {**{job: deque([job]) for job in batch}, **self._queues}
-        self._rows += sum(job.rows.count for job in batch)
+        self._rows += sum(job.count for job in batch)
         self._bytes += sum(job.size for job in batch)
 
     def _learn(self, seconds: float, rows: int) -> None:

@@ -1,6 +1,6 @@
 """A model's signature, compiled once into a parser of requests.
 
-A plan turns one of the wire shapes (records, split, inputs, CSV text, Darwin's features) into `Rows` whose dtypes are
+A plan turns one of the wire shapes (records, split, inputs, CSV, Darwin's features) into `Rows` whose dtypes are
 exactly those the signature names, or raises `InputError` with every bad cell. It is made from the signature's JSON form
 (https://mlflow.org/docs/latest/ml/model/signatures/): this module knows numpy and pandas, neither MLflow nor HTTP.
 """
@@ -8,6 +8,7 @@ exactly those the signature names, or raises `InputError` with every bad cell. I
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import math
@@ -177,8 +178,9 @@ def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
     return operator.itemgetter(*keys) if len(keys) > 1 else lambda row: (row[keys[0]],)
 
 
-def _read_csv(text: str) -> tuple[list[str], list[list[str]]]:
+def _read_csv(body: bytes) -> tuple[list[str], list[list[str]]]:
     csv.field_size_limit(sys.maxsize)  # of the whole process; the size of bodies is not this module's business
+    text = body.decode("utf-8-sig")
     if "\0" in text:
         raise refuse("CSV with a header row", text, "it contains NUL")  # csv itself says so before Python 3.11 only
     try:
@@ -192,35 +194,41 @@ def _read_csv(text: str) -> tuple[list[str], list[list[str]]]:
     return names, rows
 
 
-# What ends a line of numbers. Written in one, this number makes that none that can be read so.
-_LINE_END = b"-0.0"
-
-
-def _csv_matrix(lines: bytes, width: int) -> Array | None:
-    """`lines` of `width` numbers each, read as JSON, with a column more; None if they are anything else."""
-    parts = []
-    for piece in _pieces(lines):
-        try:
-            cells = orjson.loads(b"[" + piece.replace(b"\n", b",%b," % _LINE_END) + b",%b]" % _LINE_END)
-            parts.append(struct.pack(f"{len(cells)}d", *cells))
-        except (ValueError, struct.error):
-            return None
-    array = np.frombuffer(bytearray().join(parts))
-    if len(array) % (width + 1):
-        return None
-    matrix = array.reshape(-1, width + 1)
-    ends = np.signbit(matrix) & (matrix == 0)
-    return matrix if ends[:, width].all() and not ends[:, :width].any() else None
-
-
-def _pieces(lines: bytes) -> Iterator[bytes]:
-    """`lines` in pieces of whole lines, small enough that what is made of one stays in the processor's cache."""
-    begin = 0
-    while begin <= len(lines):
+def _pieces(lines: bytes, begin: int) -> Iterator[bytes]:
+    """`lines` from `begin` on in pieces of whole lines, small enough that what one becomes stays in the cache."""
+    while begin < len(lines):
         end = lines.find(b"\n", begin + 32 * 1024)
         end = len(lines) if end < 0 else end
         yield lines[begin:end]
         begin = end + 1
+
+
+# What ends a line of numbers. Written in one, this number makes that none that can be read so.
+_LINE_END = b"-0.0"
+
+# struct's own cache holds fewer, and pieces of lines have many lengths.
+_doubles = functools.lru_cache(maxsize=1024)(lambda count: struct.Struct(f"{count}d"))
+
+
+def _csv_matrix(lines: bytes, begin: int, width: int) -> Array | None:
+    """The `lines` of `width` numbers from `begin` on, read as JSON, with a column more; None if they are not that."""
+    # Without these, there is nothing in JSON but numbers that would be taken for a number.
+    if any(lines.find(char, begin) >= 0 for char in (b"\r", b"t", b"f")):
+        return None
+    parts = []
+    for piece in _pieces(lines, begin):
+        piece = piece.rstrip(b"\n")
+        try:
+            cells = orjson.loads(b"[%b,%b]" % (piece.replace(b"\n", b",%b," % _LINE_END), _LINE_END))
+            parts.append(_doubles(len(cells)).pack(*cells))
+        except (ValueError, struct.error):
+            return None
+    array = np.frombuffer(bytearray().join(parts))
+    if not len(array) or len(array) % (width + 1):
+        return None
+    matrix = array.reshape(-1, width + 1)
+    ends = np.signbit(matrix) & (matrix == 0)
+    return matrix if ends[:, width].all() and not ends[:, :width].any() else None
 
 
 class ColumnPlan:
@@ -325,12 +333,12 @@ class ColumnPlan:
             raise refuse("an object of named values, or a list of such objects", value)
         return self.records(value)
 
-    def csv(self, text: str) -> Rows:
-        """CSV whose first row names the columns. An empty cell is null."""
-        numbers = self._csv_of_numbers(text)
+    def csv(self, body: bytes) -> Rows:
+        """CSV whose first row names the columns. An empty cell is null. Raises `UnicodeDecodeError`, too."""
+        numbers = self._csv_of_numbers(body)
         if numbers is not None:
             return numbers
-        names, rows = _read_csv(text)
+        names, rows = _read_csv(body)
         parsers = dict(zip(self._keys_by_position(names), (c.cell.from_text for c in self.columns), strict=True))
         cells = [
             [None if text == "" else parsers[name](text) for text in texts] if name in parsers else texts
@@ -338,20 +346,21 @@ class ColumnPlan:
         ]
         return self._split(names, cells, len(rows))
 
-    def _csv_of_numbers(self, text: str) -> Rows | None:
-        """What `csv` makes of `text`, read as JSON; None if they could differ, or it makes no matrix."""
+    def _csv_of_numbers(self, body: bytes) -> Rows | None:
+        """What `csv` makes of `body`, read as JSON; None if they could differ, or it makes no matrix."""
         if self._names is None:
             return None
-        header, _, body = (text.replace("\r\n", "\n") if "\r" in text else text).partition("\n")
-        # What is left of JSON without these is numbers, separators and what it refuses.
-        if not header or any(char in header for char in '"\r\0') or any(char in body for char in '\rntf"[{'):
+        body = body.replace(b"\r\n", b"\n") if b"\r" in body else body
+        begin = body.find(b"\n") + 1
+        header = body[:begin].decode("utf-8-sig")[:-1]
+        if not header or any(char in header for char in '"\r\0'):
             return None
         names = header.split(",")
         where = {name: index for index, name in enumerate(names)}
         order = [where.get(key, -1) for key in self._keys_by_position(names)]
         if len(where) < len(names) or -1 in order:
             return None
-        matrix = _csv_matrix(body.rstrip("\n").encode(), len(names))
+        matrix = _csv_matrix(body, begin, len(names))
         if matrix is None:
             return None
         # In the order of the signature, and free of what stood between the lines.
@@ -533,8 +542,8 @@ class TensorPlan:
         _need_lists(data, len(names))
         return self._cells(names, [list(column) for column in zip(*data, strict=True)], len(data))
 
-    def csv(self, text: str) -> Rows:
-        names, rows = _read_csv(text)
+    def csv(self, body: bytes) -> Rows:
+        names, rows = _read_csv(body)
         cells = {t.key: t.cell for t in self.tensors} if self.named else dict.fromkeys(names, self.tensors[0].cell)
         parsers = [cells[name].from_text if name in cells else str for name in names]
         columns = [
@@ -628,7 +637,8 @@ class UncheckedPlan:
         labels = _need_labels(index, len(data))
         return self._rows(lambda: pd.DataFrame(data, index=labels, columns=columns), data)
 
-    def csv(self, text: str) -> Rows:
+    def csv(self, body: bytes) -> Rows:
+        text = body.decode("utf-8-sig")
         return self._rows(lambda: pd.read_csv(io.StringIO(text)), text)
 
     def instances(self, value: Any) -> Rows:
@@ -670,8 +680,8 @@ class HintedPlan(ColumnPlan):
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:  # noqa: ARG002 - the plans share one form
         return self.records(data)
 
-    def csv(self, text: str) -> Rows:
-        return self.records(text)
+    def csv(self, body: bytes) -> Rows:
+        return self.records(body.decode())
 
     def instances(self, value: Any) -> Rows:
         if type(value) is list and not value:

@@ -13,7 +13,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -51,8 +51,7 @@ class Unwritable(Exception):
     """The model's answer has no JSON form."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What to predict, whichever protocol asked."""
 
     rows: Rows
@@ -203,10 +202,9 @@ def read_invocations(body: bytes, content_type: str | None, plan: Plan, params: 
     """JSON with one of the four shapes, or CSV. Raises `Malformed`, `InputError` or `Unsupported`."""
     if _media_type(content_type) == CSV:
         try:
-            text = body.decode("utf-8-sig")
+            return Request(plan.csv(body), {})
         except UnicodeDecodeError as error:
             raise Malformed(f"the body is not UTF-8: {error}") from None
-        return Request(plan.csv(text), {})
     return _read(body, plan, lambda request: _invocations(request, plan, params))
 
 

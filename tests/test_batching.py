@@ -22,6 +22,7 @@ from darwin_batching import (
     TooSlow,
     split,
 )
+from darwin_cells import InputError
 from darwin_plan import Rows, plan_of
 
 PLAN = plan_of([{"type": "double", "name": "a"}])
@@ -232,16 +233,34 @@ def test_large_bodies_count_by_their_size() -> None:
     run(test)
 
 
-def test_bodies_being_parsed_count_among_what_waits() -> None:
+def test_what_takes_long_to_parse_waits_its_turn_unparsed() -> None:
     async def test() -> None:
-        bench = Bench()
-        with bench.batcher.reading(MAX_QUEUE_BYTES + 1), pytest.raises(Overloaded), bench.batcher.reading(1):
-            pass
-        with pytest.raises(ValueError, match="bad"), bench.batcher.reading(MAX_QUEUE_BYTES):
-            raise ValueError("bad")
-        with bench.batcher.reading(MAX_QUEUE_BYTES), pytest.raises(Overloaded):
-            await bench.ask(1)
-        assert await bench.ask(1) == b"[2.0]"
+        bench = Bench(Limits(queue_rows=300))
+        first, gate = await bench.occupied()
+        parsed: list[float] = []
+
+        def ask(value: float) -> Any:
+            def parse() -> tuple[Rows, dict[str, Any]]:
+                parsed.append(value)
+                if value < 0:
+                    raise InputError([])
+                return rows(value, value), {}
+
+            return asyncio.ensure_future(bench.batcher.parse_and_predict(parse, write, 10, still_there))
+
+        large, bad = ask(1), ask(-1)
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await bad
+        small = bench.ask(2)
+        await asyncio.sleep(0)
+        assert parsed == []
+        gate.set()
+        assert list(await asyncio.gather(first, large, small)) == [b"[0.0]", b"[2.0, 2.0]", b"[4.0]"]
+        assert [call for call, _ in bench.model.calls] == [[0], [1, 1], [2]]
+        with pytest.raises(InputError):
+            await ask(-1)
+        assert await bench.ask(3) == b"[6.0]"
 
     run(test)
 

@@ -214,8 +214,8 @@ SAME_ROWS = [
     ("instances", ([[1, 0.5], [2, 1.5]],)),
     ("instances", ({"a": [1, 2], "b": [0.5, 1.5], "x": ["other length"]},)),
     ("features", ([{"a": 1, "b": 0.5}, {"a": 2, "b": 1.5}],)),
-    ("csv", ("b,x,a\n0.5,,1\n1.5,,2.0\n",)),
-    ("csv", ('\n"b","x",a\r\n5e-1,"several\nlines",+1\r\n\r\n 1.5 ,,2\r\n',)),
+    ("csv", (b"b,x,a\n0.5,,1\n1.5,,2.0\n",)),
+    ("csv", (b'\n"b","x",a\r\n5e-1,"several\nlines",+1\r\n\r\n 1.5 ,,2\r\n',)),
 ]
 
 
@@ -248,17 +248,17 @@ BAD_SHAPES = [
     ("features", (None,), "object"),
     ("features", ([],), "at least one"),
     ("features", ([[1, 2]],), "object"),
-    ("csv", ("",), "header"),
-    ("csv", ("a,b\n",), "at least one row"),
-    ("csv", ("a,a\n1,2\n",), "more than once"),
-    ("csv", ("a,b\n1\n",), "row 0: expected 2 values"),
-    ("csv", ('a,b\n"1,2\n',), "CSV"),
-    ("csv", ("a,b\n1.5,2\n",), "row 0, 'a'"),
-    ("csv", ("a,b\n,2\n",), "got null"),
-    ("csv", ("a,b\n1,inf\n",), "row 0, 'b'"),
-    ("csv", ("a,b\n1_0,2\n",), "row 0, 'a'"),
-    ("csv", ("a\n" + "9" * 5000 + "\n",), "row 0, 'a'"),
-    ("csv", ("a\x00,b\n1\x00,2\n",), "NUL"),
+    ("csv", (b"",), "header"),
+    ("csv", (b"a,b\n",), "at least one row"),
+    ("csv", (b"a,a\n1,2\n",), "more than once"),
+    ("csv", (b"a,b\n1\n",), "row 0: expected 2 values"),
+    ("csv", (b'a,b\n"1,2\n',), "CSV"),
+    ("csv", (b"a,b\n1.5,2\n",), "row 0, 'a'"),
+    ("csv", (b"a,b\n,2\n",), "got null"),
+    ("csv", (b"a,b\n1,inf\n",), "row 0, 'b'"),
+    ("csv", (b"a,b\n1_0,2\n",), "row 0, 'a'"),
+    ("csv", (b"a\n" + b"9" * 5000 + b"\n",), "row 0, 'a'"),
+    ("csv", (b"a\x00,b\n1\x00,2\n",), "NUL"),
 ]
 
 
@@ -278,7 +278,7 @@ def test_csv_cells_of_each_type() -> None:
         "True,1,-9223372036854775808,0.5,1e3,01,AA==,2024-01-01\n"
         "false,2,3.0,,nan,,AA==,\n"
     )
-    table = plan_of(specs).csv(text).for_model()
+    table = plan_of(specs).csv(text.encode()).for_model()
     assert [str(dtype) for dtype in table.dtypes][:5] == ["bool", "int32", "int64", "float32", "float64"]
     assert table["string"][0] == "01"
     assert table["long"].tolist() == [-(2**63), 3]
@@ -287,9 +287,9 @@ def test_csv_cells_of_each_type() -> None:
 
 
 def test_csv_cells_hold_json_for_nested_types() -> None:
-    assert one(ARRAY).csv('c,d\n"[1, 2.5]",\n').value["c"].tolist() == [[1.0, 2.5]]
+    assert one(ARRAY).csv(b'c,d\n"[1, 2.5]",\n').value["c"].tolist() == [[1.0, 2.5]]
     with pytest.raises(InputError, match="row 0, 'c': expected array of double, got string"):
-        one(ARRAY).csv("c\n[1\n")
+        one(ARRAY).csv(b"c\n[1\n")
 
 
 def test_models_with_type_hints_take_lists_not_tables() -> None:
@@ -297,7 +297,7 @@ def test_models_with_type_hints_take_lists_not_tables() -> None:
     assert plan.instances(["a", "b"]).value == ["a", "b"]
     assert plan.features("a").value == ["a"]
     tables: list[tuple[str, tuple[Any, ...]]] = [
-        *(("records", ([{"a": 1}],)), ("split", (["a"], [[1]])), ("csv", ("a\n1\n",)), ("instances", ([],)))
+        *(("records", ([{"a": 1}],)), ("split", (["a"], [[1]])), ("csv", (b"a\n1\n",)), ("instances", ([],)))
     ]
     for shape, arguments in tables:
         with pytest.raises(InputError):
@@ -314,7 +314,7 @@ def test_unnamed_columns_go_by_position() -> None:
         plan.instances([[1, "x"]]),
         plan.features([1, "x"]),
         plan.features([[1, "x"]]),
-        plan.csv("p,q\n1,x\n"),
+        plan.csv(b"p,q\n1,x\n"),
     ):
         assert {name: values.tolist() for name, values in rows.value.items()} == {0: [1], 1: ["x"]}
     with pytest.raises(InputError, match="missing"):
@@ -355,8 +355,8 @@ TENSORS = [
     ("records", tensor("float64", -1, 2), [{"x": 1, "y": 2}, {"x": 3, "y": 4}], [[1, 2], [3, 4]]),
     ("records", tensor("float64", -1, 1), [{"x": 1}], [[1]]),
     ("records", tensor("float64", -1, 2, 2), [{"x": [1, 2, 3, 4]}], [[[1, 2], [3, 4]]]),
-    ("csv", tensor("int64", -1, 2), "x,y\n1,2\n3,4\n", [[1, 2], [3, 4]]),
-    ("csv", tensor("float32", -1), "x\n1\n\n2.5\n", [1, 2.5]),
+    ("csv", tensor("int64", -1, 2), b"x,y\n1,2\n3,4\n", [[1, 2], [3, 4]]),
+    ("csv", tensor("float32", -1), b"x\n1\n\n2.5\n", [1, 2.5]),
 ]
 
 
@@ -417,7 +417,7 @@ def test_without_a_signature_there_is_nothing_to_check() -> None:
     assert plan.instances([[1, 2]]).value.tolist() == [[1, 2]]
     assert plan.instances({"a": [1, 2]}).value["a"].tolist() == [1, 2]
     assert plan.instances([{"a": 1}, {"a": 2}]).value["a"].tolist() == [1, 2]
-    assert plan.csv("a,b\n1,x\n").for_model().to_dict("list") == {"a": [1], "b": ["x"]}
+    assert plan.csv(b"a,b\n1,x\n").for_model().to_dict("list") == {"a": [1], "b": ["x"]}
     assert plan.features({"a": 1}).for_model().to_dict("list") == {"a": [1]}
 
 
@@ -431,8 +431,8 @@ def test_without_a_signature_there_is_nothing_to_check() -> None:
         ("instances", ([[1], [2, 3]],)),
         ("instances", ([],)),
         ("instances", ({},)),
-        ("csv", ("",)),
-        ("csv", ("a\n",)),
+        ("csv", (b"",)),
+        ("csv", (b"a\n",)),
         ("features", ([],)),
     ],
 )
@@ -492,18 +492,18 @@ def test_made_up_samples_are_accepted(kind: Any, required: bool) -> None:
 
 
 def test_csv_integers_are_exact() -> None:
-    rows = one("long").csv("c\n9007199254740993.0\n9007199254740993\n-7.\n")
+    rows = one("long").csv(b"c\n9007199254740993.0\n9007199254740993\n-7.\n")
     assert columns(rows)["c"].tolist() == [9007199254740993, 9007199254740993, -7]
 
 
 def test_csv_digits_are_ascii() -> None:
     with pytest.raises(InputError):
-        one("double").csv("c\n\uff11\uff12\n")
+        one("double").csv("c\n\uff11\uff12\n".encode())
 
 
 def test_csv_cells_may_be_large() -> None:
     text = "x" * 200_000
-    assert one("string").csv(f"c\n{text}\n").value["c"].tolist() == [text]
+    assert one("string").csv(f"c\n{text}\n".encode()).value["c"].tolist() == [text]
 
 
 def test_many_names_of_which_one_comes_twice() -> None:
@@ -547,8 +547,8 @@ XY: list[tuple[str, tuple[Any, ...]]] = [
     ("instances", ([[1, 2], [3, 4]],)),
     ("instances", ({"y": [2, 4], "x": [1, 3], "z": []},)),
     ("features", ([{"x": 1, "y": 2}, {"x": 3, "y": 4}],)),
-    ("csv", ("x,y\n1,2\n3,4\n",)),
-    ("csv", ("y,z,x\r\n2,0,1\r\n4, 0 ,3",)),
+    ("csv", (b"x,y\n1,2\n3,4\n",)),
+    ("csv", (b"y,z,x\r\n2,0,1\r\n4, 0 ,3",)),
 ]
 
 
@@ -656,7 +656,7 @@ def some_csv(rng: random.Random, specs: list[dict[str, Any]]) -> tuple[str, tupl
         lines[index] = rng.choice(["", " ", ",", f"{line},", f"{line},1", f"{line} ", "[1", "1]"])
     end = rng.choice(["\n", "\n", "\n", "\r\n", "\r"])
     before, after = rng.choice(["", "", "", end, " "]), rng.choice([end, end, "", end + end, f"{end} "])
-    return "csv", (before + end.join(lines) + after,)
+    return "csv", ((before + end.join(lines) + after).encode(),)
 
 
 @pytest.mark.parametrize("some_request", [some_json, some_csv])
@@ -690,7 +690,7 @@ def test_all_at_once_is_as_cell_by_cell(some_request: Any, monkeypatch: pytest.M
 )
 def test_lines_of_other_lengths_never_make_a_matrix(text: str) -> None:
     with pytest.raises(InputError, match="values, got array"):
-        one("double").csv(text)
+        one("double").csv(text.encode())
 
 
 def test_a_name_given_twice_is_refused_even_if_the_signature_has_it_twice() -> None:
