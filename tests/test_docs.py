@@ -78,6 +78,14 @@ def test_a_log_line_in_the_readme_is_one_of_the_code(line: str) -> None:
         assert piece in code, piece
 
 
+def test_figures_are_those_of_the_benchmark() -> None:
+    results = (ROOT / "bench" / "RESULTS.md").read_text()
+    [speed] = re.findall(r"^## Speed\n(.*?)^How it is fast", README, re.MULTILINE | re.DOTALL)
+    told = re.findall(r"(?<=\| )[\d,.]+(?= \|)|[\d.,]+ (?:m?s|MiB)\b", speed)
+    assert len(told) > 40
+    assert [figure for figure in told if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d.,]*\d)", results)] == []
+
+
 def test_links_lead_somewhere() -> None:
     for path in ROOT.glob("*.md"):
         for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
