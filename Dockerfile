@@ -34,7 +34,7 @@ RUN for library in /venv/lib/python3*/site-packages/scikit_learn.libs/libgomp*.s
     done
 # Nothing can be compiled later, on a read-only root. By hash, because not every builder and registry keeps file times.
 RUN /venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /venv/lib
-COPY *.py /app/
+COPY *.py *.html /app/
 # Whatever umask the files were checked out with, any user must be able to read them.
 RUN chmod -R u=rwX,go=rX /app && \
     /venv/bin/python -m compileall -q --invalidation-mode checked-hash /app && \

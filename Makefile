@@ -5,10 +5,11 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+CLIENTS := build/clients/ready
 STORE := $(CURDIR)/.run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench lock clean
+.PHONY: help setup clients run test lint bench lock clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
@@ -21,6 +22,13 @@ $(READY): requirements/dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
 	@touch $@
 
+clients: $(CLIENTS)  ## Create build/clients with clients of others, which need other versions than .venv has
+
+$(CLIENTS): tests/clients/kserve.txt $(READY)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $<
+	@touch $@
+
 run: $(READY)  ## Log a small model, download it with download.py, serve it on PORT (8000)
 	@mkdir -p $(STORE)
 	MLFLOW_TRACKING_URI=sqlite:///$(STORE)/mlflow.db $(BIN)/python examples/log_iris.py $(STORE)/artifacts
@@ -30,7 +38,7 @@ run: $(READY)  ## Log a small model, download it with download.py, serve it on P
 	  "$$($(BIN)/python examples/curl_line.py $(STORE)/models $(PORT))"
 	MODEL_LOCAL_PATH=$(STORE)/models MODEL_NAME=iris PORT=$(PORT) $(BIN)/python darwin_serve.py
 
-test: $(READY)  ## Run all tests, with the coverage floor; ARGS="-k cache" for some of them, without it
+test: $(READY) $(CLIENTS)  ## Run all tests, with the coverage floor; ARGS="-k cache" for some of them, without it
 	@rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet
@@ -51,6 +59,7 @@ lock: $(READY)  ## Pin and hash the newest dependencies that pyproject.toml allo
 	for flavor in $(FLAVORS); do \
 	  $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt -o requirements/$$flavor.txt || exit 1; done
 	$(BIN)/python -m bench.lock
+	$(COMPILE) tests/clients/kserve.in -o tests/clients/kserve.txt
 
 # The runtime and the flavors get the versions that the tests ran with.
 FLAVORS := sklearn lightgbm xgboost

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+import darwin_metrics
 import darwin_model
 import darwin_protocols as protocols
-from darwin_batching import Batcher, Gone, InferenceThread, Limits, Overloaded, TooSlow
+import darwin_streaming
+import darwin_v2
+from darwin_access import AccessLog, Line
+from darwin_batching import Batcher, Gone, InferenceThread, Limits, Overloaded, Request, TooSlow
 from darwin_cells import InputError
+from darwin_docs import Documents
+from darwin_features import FeatureStore
+from darwin_json import dump
+from darwin_metrics import Board, Meter
 from darwin_model import Model, Refused
-from darwin_plan import ParamPlan, Plan
-from darwin_protocols import Malformed, NotReady, Reply, Unsupported
-from darwin_startup import example_rows
+from darwin_plan import Contract
+from darwin_protocols import TEXT, Headers, Malformed, NotFound, NotReady, Read, Reply, StoreFailed
+from darwin_startup import About, example_rows
+from darwin_trace import Trace, Tracer
+
+VERSION = "0.1.0"
 
 # A larger body is not parsed on the event loop, which must go on answering probes.
 PARSE_ASIDE_BYTES = 64 * 1024
@@ -31,188 +43,464 @@ PARSE_ASIDE_BYTES = 64 * 1024
 logger = logging.getLogger("darwin.serve")
 
 
+class Loaded(NamedTuple):
+    """The model that answers, and what there is to know of it."""
+
+    model: Model
+    contract: Contract
+    batcher: Batcher
+    about: About
+    documents: Documents
+
+
 class Service:
-    """The model behind the routes: absent until it has loaded and answered its own input example."""
+    """The model behind the routes: absent until it has loaded and answered its own input example.
 
-    def __init__(self, limits: Limits) -> None:
+    `name` is what protocols with names call the model, `store` where features can be looked up, if anywhere.
+    """
+
+    def __init__(
+        self, limits: Limits, name: str = "model", store: FeatureStore | None = None, meter: Meter | None = None
+    ) -> None:
         self.limits = limits
+        self.name = name
+        self.store = store
+        self.meter = meter or Meter(Board(1), 0)
+        self.access = AccessLog()
         self.inference = InferenceThread()
+        self.streams = darwin_streaming.Streams()
         self.draining = False
-        self.schema = Reply(503, b"")
-        self._model: Model | None = None
-        self._batcher: Batcher | None = None
+        self._loaded: Loaded | None = None
 
-    def use(self, model: Model, *, batching: bool = False, on_hang: Callable[[], None] = lambda: None) -> None:
+    def use(
+        self,
+        model: Model,
+        about: About | None = None,
+        *,
+        batching: bool = False,
+        on_hang: Callable[[], None] = lambda: None,
+    ) -> None:
         """From now on, answer with `model`; `on_hang` is the `Batcher`'s."""
+        self.streams.on_hang = on_hang
+        about = about or About()
+        contract = model.contract(self.name, about.version)
         # Once, for the input example can be large.
-        self.schema = protocols.schema(model.plan, model.outputs, example_rows(model))
-        self._batcher = Batcher(model.predict, self.inference, self.limits, batching=batching, on_hang=on_hang)
-        self._model = model
+        documents = Documents.of(contract, example_rows(model), about, VERSION, features=self.store is not None)
+        batcher = Batcher(
+            model.predict, self.inference, self.limits, batching=batching, on_hang=on_hang, watcher=self.meter
+        )
+        self._loaded = Loaded(model, contract, batcher, about, documents)
 
     @property
     def keep_alive(self) -> bool:
         """Whether connections may stay open: not when another server is about to take over."""
-        return self.loaded and not self.draining
+        return self._loaded is not None and not self.draining
 
     @property
-    def loaded(self) -> bool:
-        return self._model is not None
+    def is_loaded(self) -> bool:
+        return self._loaded is not None
 
     @property
-    def model(self) -> Model:
-        """Raises `NotReady` until there is one."""
-        if self._model is None:
-            raise NotReady("the model is still loading")
-        return self._model
-
-    @property
-    def batcher(self) -> Batcher:
+    def loaded(self) -> Loaded:
         """Raises `NotReady` until there is a model."""
-        if self._batcher is None:
+        if self._loaded is None:
             raise NotReady("the model is still loading")
-        return self._batcher
+        return self._loaded
 
     def check_loaded(self) -> None:
         """Raise `NotReady` until there is a model."""
-        _ = self.batcher
+        _ = self.loaded
 
     def check_ready(self) -> None:
         """Raise `NotReady` unless a request that comes now would be answered."""
         if self.draining:
             raise NotReady("the server is shutting down")
-        if stuck := self.batcher.stuck:
+        if stuck := self.loaded.batcher.stuck:
             raise NotReady(f"the model has been computing one answer for {stuck:.0f} s, longer than a request may take")
 
+    def check_name(self, name: str) -> None:
+        """Raise `NotFound` unless that is what the model is called here."""
+        if name != self.name:
+            raise NotFound(f"there is no model {name[:100]!r} here: it is called {self.name!r} (MODEL_NAME)")
 
-# Routes
+
+class Ask:
+    """One request over HTTP. `rows` is how many rows it asked about, once that is known."""
+
+    __slots__ = ("headers", "receive", "rows", "scope", "trace")
+
+    def __init__(self, scope: Scope, receive: Receive, headers: Headers, trace: Trace) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.headers = headers
+        self.trace = trace
+        self.rows = 0
+
+    async def body(self) -> bytes:
+        """All of it. Raises `ClientDisconnect`."""
+        parts: list[bytes] = []
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body: bytes = message.get("body", b"")
+            if not message.get("more_body"):
+                return b"".join([*parts, body]) if parts else body
+            parts.append(body)
+
+    async def gone(self) -> bool:
+        """Whether the client has left."""
+        return await HttpRequest(self.scope, self.receive).is_disconnected()
+
+    def path(self, name: str) -> str:
+        """The part of the path that the route calls `name`."""
+        return str(self.scope["path_params"][name])
+
+
+class Flow(NamedTuple):
+    """An answer in pieces; the client may take `timeout` seconds to read one."""
+
+    pieces: AsyncGenerator[bytes, None]
+    timeout: float
+    media_type: str = darwin_streaming.MEDIA_TYPE
+    status: int = 200
+
+
+Handler = Callable[[Ask], Awaitable[Reply | Flow]]
+
+
+class Speaking(NamedTuple):
+    """What answers a route: `handler`, with every exception put in its protocol's words by `word`.
+
+    Of a `quiet` one, which machines ask all day, there is no log line and no count.
+    """
+
+    handler: Handler
+    protocol: str
+    word: Callable[[Exception], Reply]
+    quiet: bool = False
+
 
 # What went wrong was the client's or the model's doing, and has been told to the client.
-EXPECTED = (InputError, Malformed, Unsupported, Refused, NotReady, Overloaded)
-
-Handler = Callable[[HttpRequest], Awaitable[Response]]
-Read = Callable[[bytes, str | None, Plan, ParamPlan], protocols.Request]
+EXPECTED = (
+    *(InputError, Malformed, Refused, NotReady, Overloaded, NotFound),
+    *(protocols.Unsupported, protocols.NotAcceptable, protocols.TooLarge, StoreFailed),
+)
 
 
 def make_app(service: Service, root_path: str = "") -> ASGIApp:
     """The HTTP application. It works behind a proxy that strips `root_path` and behind one that doesn't."""
+    tracer = Tracer()
+    meter, access = service.meter, service.access
 
-    async def predict(request: HttpRequest) -> Response:
-        return await answer(request, protocols.read_predict, protocols.write_scores)
+    async def answer(ask: Ask, read: Read, store: FeatureStore | None = None) -> Reply | Flow:
+        """What the model says to what `read` makes of the body, which may name features that are in `store`."""
+        model, contract, batcher, _, _ = service.loaded
+        body = await ask.body()
+        encoding = ask.headers.get(b"content-encoding")
+        if encoding is not None:
+            body = await asyncio.to_thread(protocols.decoded, body, encoding)
+        parse = partial(read, body, ask.headers, contract)
+        large = len(body) > PARSE_ASIDE_BYTES or protocols.inflates(ask.headers)
+        try:
+            if store is not None and b"feature_group" in body:
+                lookup = partial(store.features, trace=ask.trace.headers)
+                request = await store.run(partial(parse, lookup=lookup), service.limits.timeout)
+            elif large and not contract.streams:
+                request = None
+                answered = await batcher.parse_and_predict(parse, len(body), ask.gone)
+            else:
+                request = await asyncio.to_thread(parse) if large else parse()
+            if request is not None and request.stream:
+                return await stream(ask, model, request)
+            if request is not None:
+                answered = await batcher.predict(request, len(body), ask.gone)
+        except Overloaded:
+            meter.rejected()
+            raise
+        ask.rows = answered.rows
+        meter.stages(answered.queued, answered.computed, answered.written)
+        reply: Reply = answered.reply
+        return reply
 
-    async def invocations(request: HttpRequest) -> Response:
-        return await answer(request, protocols.read_invocations, protocols.write_predictions)
+    async def stream(ask: Ask, model: Model, request: Request) -> Flow:
+        """The answer piece by piece. Raises what keeps the first from being made, for then it can still be told."""
+        pieces = service.streams.pieces(lambda: model.stream(request.rows, request.params), service.limits.timeout)
+        nothing = object()
+        first = await anext(pieces, nothing)
+        ask.rows = 1
 
-    async def answer(request: HttpRequest, read: Read, write: Callable[[Any], bytes]) -> Response:
-        body, model = await request.body(), service.model
-        parse = partial(read, body, request.headers.get("content-type"), model.plan, model.params)
-        size, gone = len(body), request.is_disconnected
-        if size > PARSE_ASIDE_BYTES:
-            done = await service.batcher.parse_and_predict(parse, write, size, gone)
-        else:
-            done = await service.batcher.predict(*parse(), write, size, gone)
-        return Response(done, media_type=protocols.JSON)
+        async def events() -> AsyncGenerator[bytes, None]:
+            try:
+                if first is not nothing:
+                    yield darwin_streaming.event(dump(first))
+                async for piece in pieces:
+                    yield darwin_streaming.event(dump(piece))
+                yield darwin_streaming.DONE
+            except Exception as error:  # the status has been sent; this is how the rest can be told
+                _log(ask, error)
+                yield darwin_streaming.event(protocols.mlflow_failure(error).body, "error")
+            finally:
+                await pieces.aclose()
 
-    async def schema(_: HttpRequest) -> Response:
-        service.check_loaded()
-        return _response(service.schema)
+        return Flow(events(), service.limits.timeout)
 
-    async def livez(_: HttpRequest) -> Response:
-        return _json({"status": "alive"})
+    async def predict(ask: Ask) -> Reply | Flow:
+        return await answer(ask, protocols.read_predict, service.store)
 
-    async def ready(_: HttpRequest) -> Response:
+    async def invocations(ask: Ask) -> Reply | Flow:
+        return await answer(ask, protocols.read_invocations)
+
+    async def v1_predict(ask: Ask) -> Reply | Flow:
+        service.check_name(ask.path("name"))
+        return await answer(ask, protocols.read_v1)
+
+    async def v2_infer(ask: Ask) -> Reply | Flow:
+        check_model(ask)
+        return await answer(ask, darwin_v2.read_infer)
+
+    def check_model(ask: Ask) -> None:
+        service.check_name(ask.path("name"))
+        version, known = ask.scope["path_params"].get("version"), service.loaded.contract.version
+        if version is not None and version != known:
+            raise NotFound(
+                f"there is no version {version[:100]!r} here: {f'it is {known!r}' if known else 'it has none'}"
+            )
+
+    async def v1_models(_: Ask) -> Reply:
+        return protocols.reply(200, {"models": [service.name]})
+
+    async def v1_model(ask: Ask) -> Reply:
+        if ask.path("name").endswith(":predict"):
+            raise HTTPException(405, headers={"Allow": "POST"})
+        service.check_name(ask.path("name"))
+        return protocols.reply(200, {"name": service.name, "ready": service.is_loaded and not service.draining})
+
+    async def v2_server(_: Ask) -> Reply:
+        return darwin_v2.server_metadata(VERSION)
+
+    async def v2_live(_: Ask) -> Reply:
+        return protocols.reply(200, {"live": True})
+
+    async def v2_ready(_: Ask) -> Reply:
         service.check_ready()
-        return _json({"status": "ready", "model_loaded": True})
+        return protocols.reply(200, {"ready": True})
 
-    async def healthcheck(_: HttpRequest) -> Response:
+    async def v2_model_ready(ask: Ask) -> Reply:
+        check_model(ask)
+        service.check_ready()
+        return protocols.reply(200, {"name": service.name, "ready": True})
+
+    async def v2_model(ask: Ask) -> Reply:
+        check_model(ask)
+        return service.loaded.documents.v2
+
+    async def schema(_: Ask) -> Reply:
+        return service.loaded.documents.schema
+
+    async def openapi(_: Ask) -> Reply:
+        return service.loaded.documents.openapi(root_path)
+
+    async def page(_: Ask) -> Reply:
+        return service.loaded.documents.page
+
+    async def root(ask: Ask) -> Reply:
+        # What KServe's V1 clients take for liveness.
+        return await (page if b"text/html" in ask.headers.get(b"accept", b"") else livez)(ask)
+
+    async def metrics(ask: Ask) -> Reply:
+        known = service.loaded if service.is_loaded else None
+        names = {"name": service.name, "version": "", "flavor": ""}
+        if known:
+            names |= {"version": known.contract.version, "flavor": ",".join(known.model.flavors)}
+        seconds = known.about.load_seconds if known else None
+        accept = ask.headers.get(b"accept", b"").decode("latin-1")
+        body, media_type = await asyncio.to_thread(darwin_metrics.exposition, meter.board, names, seconds, accept)
+        return Reply(200, body, media_type)
+
+    async def livez(_: Ask) -> Reply:
+        return protocols.reply(200, {"status": "alive"})
+
+    async def ready(_: Ask) -> Reply:
+        service.check_ready()
+        return protocols.reply(200, {"status": "ready", "model_loaded": True})
+
+    async def healthcheck(_: Ask) -> Reply:
         service.check_loaded()
-        return _json({"status": "SUCCESS", "message": "OK"})
+        return protocols.reply(200, {"status": "SUCCESS", "message": "OK"})
 
-    async def ping(_: HttpRequest) -> Response:
+    async def ping(_: Ask) -> Reply:
         service.check_loaded()
-        return Response("\n", media_type=protocols.JSON)
+        return Reply(200, b"\n")
 
-    async def version(_: HttpRequest) -> Response:
-        return Response(darwin_model.mlflow_version(), media_type=protocols.TEXT)
+    async def version(_: Ask) -> Reply:
+        return Reply(200, darwin_model.mlflow_version().encode(), TEXT)
 
     def darwin_failure(error: Exception) -> Reply:
-        inputs = () if isinstance(error, NotReady) else service.model.plan.inputs
+        inputs = service.loaded.contract.plan.inputs if service.is_loaded else ()
         return protocols.darwin_failure(error, inputs)
 
-    routes: list[tuple[str, str, Handler, Callable[[Exception], Reply]]] = [
-        ("POST", "/predict", predict, darwin_failure),
-        ("POST", "/invocations", invocations, protocols.mlflow_failure),
-        ("GET", "/schema", schema, darwin_failure),
-        ("GET", "/livez", livez, darwin_failure),
-        ("GET", "/ready", ready, darwin_failure),
-        ("GET", "/healthcheck", healthcheck, darwin_failure),
-        ("GET", "/health", healthcheck, darwin_failure),
-        ("GET", "/ping", ping, protocols.mlflow_failure),
-        ("GET", "/version", version, protocols.mlflow_failure),
+    darwin = partial(Speaking, protocol="darwin", word=darwin_failure)
+    mlflow = partial(Speaking, protocol="mlflow", word=protocols.mlflow_failure)
+    v1 = partial(Speaking, protocol="kserve_v1", word=protocols.kserve_failure)
+    v2 = partial(Speaking, protocol="kserve_v2", word=protocols.kserve_failure)
+    other = partial(Speaking, protocol="other", word=darwin_failure)
+    model, versioned = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+    endpoints = {
+        ("POST", "/predict"): darwin(predict),
+        ("POST", "/invocations"): mlflow(invocations),
+        ("POST", "/v1/models/{name}:predict"): v1(v1_predict),
+        ("POST", f"{model}/infer"): v2(v2_infer),
+        ("POST", f"{versioned}/infer"): v2(v2_infer),
+        ("GET", "/schema"): darwin(schema),
+        ("GET", "/version"): mlflow(version),
+        ("GET", "/v1/models"): v1(v1_models),
+        ("GET", "/v1/models/{name}"): v1(v1_model),
+        ("GET", "/v2"): v2(v2_server),
+        ("GET", model): v2(v2_model),
+        ("GET", versioned): v2(v2_model),
+        ("GET", "/"): other(root),
+        ("GET", "/docs"): other(page),
+        ("GET", "/openapi.json"): other(openapi),
+        ("GET", "/livez"): darwin(livez, quiet=True),
+        ("GET", "/ready"): darwin(ready, quiet=True),
+        ("GET", "/healthcheck"): darwin(healthcheck, quiet=True),
+        ("GET", "/health"): darwin(healthcheck, quiet=True),
+        ("GET", "/ping"): mlflow(ping, quiet=True),
+        ("GET", "/v2/health/live"): v2(v2_live, quiet=True),
+        ("GET", "/v2/health/ready"): v2(v2_ready, quiet=True),
+        ("GET", f"{model}/ready"): v2(v2_model_ready, quiet=True),
+        ("GET", f"{versioned}/ready"): v2(v2_model_ready, quiet=True),
+        ("GET", "/metrics"): other(metrics, quiet=True),
+    }
+    # The first that fits is taken, so those with fewer variable parts come first.
+    routes = [
+        (Route(path, endpoint.handler, methods=[verb]), endpoint)
+        for (verb, path), endpoint in sorted(endpoints.items(), key=lambda item: item[0][1].count("{"))
     ]
-    endpoints = {(verb, path): Speaking(handler, word) for verb, path, handler, word in routes}
-    app = Starlette(
-        routes=[Route(path, endpoint, methods=[verb]) for (verb, path), endpoint in endpoints.items()],
-        exception_handlers={HTTPException: _http_error},
-    )
-    # Where that leads depends on what proxies do.
-    app.router.redirect_slashes = False
+    # Searching the routes takes as long as a prediction.
+    direct: dict[tuple[str, str], tuple[Speaking, Mapping[str, Any]]]
+    direct = {key: (endpoint, {}) for key, endpoint in endpoints.items() if "{" not in key[1]}
+    named = {"name": service.name}
+    direct["POST", f"/v2/models/{service.name}/infer"] = endpoints["POST", f"{model}/infer"], named
+    direct["POST", f"/v1/models/{service.name}:predict"] = endpoints["POST", "/v1/models/{name}:predict"], named
 
-    async def rooted(scope: Scope, receive: Receive, send: Send) -> None:
-        if not service.keep_alive:
-            send = _closing(send)
-        # Searching the routes, and layers for what our endpoints never raise, take Starlette as long as a prediction.
-        direct = endpoints.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        if direct:
-            await direct(scope, receive, send)
-        else:
-            await app({**scope, "root_path": root_path} if root_path else scope, receive, send)
+    def find(scope: Scope, path: str) -> tuple[Speaking, Mapping[str, Any]]:
+        allowed: list[str] = []
+        # A line break at the end would be overlooked.
+        for route, endpoint in routes if path.isprintable() else ():
+            match, child = route.matches({**scope, "path": path, "root_path": ""})
+            if match == Match.FULL:
+                return endpoint, child["path_params"]
+            if match == Match.PARTIAL:
+                allowed += sorted(route.methods or ())
+        return nowhere(path, allowed), {}
 
-    return rooted
+    def nowhere(path: str, allowed: list[str]) -> Speaking:
+        """What answers where there is no route, or none for the verb, in the words of its neighbours."""
 
+        async def refuse(_: Ask) -> Reply:
+            raise HTTPException(405 if allowed else 404, headers={"Allow": ", ".join(allowed)} if allowed else None)
 
-def _closing(send: Send) -> Send:
-    """`send`, ending the connection, so that the client opens its next one to a server that stays."""
+        kinds = {"v1": v1, "v2": v2}
+        return kinds.get(path[1:].partition("/")[0], other)(refuse)
 
-    async def closing(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
-        await send(message)
-
-    return closing
-
-
-@dataclass(frozen=True)
-class Speaking:
-    """The ASGI application of one route: `handler`, with every exception put in its protocol's words by `word`."""
-
-    handler: Handler
-    word: Callable[[Exception], Reply]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = HttpRequest(scope, receive)
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        began = perf_counter()
+        verb, path = scope["method"], scope["path"]
+        if root_path and (path == root_path or path.startswith(f"{root_path}/")):
+            path = path[len(root_path) :] or "/"
+        endpoint, params = direct.get((verb, path)) or find(scope, path)
+        scope["path_params"] = params
+        headers = dict(scope["headers"])
+        trace = tracer.trace(headers)
+        ask = Ask(scope, receive, headers, trace)
+        if endpoint.quiet:
+            await _send(send, ask, await _reply(endpoint, ask), closing=not service.keep_alive)
+            return
+        meter.began()
+        status = 500
         try:
-            response = await self.handler(request)
-        except (ClientDisconnect, Gone):
-            response = Response(status_code=400)  # nobody reads it
-        except Exception as error:
-            if isinstance(error, TooSlow):
-                logger.warning("%s: %s", request.url.path, error)
-            elif not isinstance(error, EXPECTED):
-                logger.error("%s failed: %s", request.url.path, error, exc_info=error)
-            response = _response(self.word(error))
-        await response(scope, receive, send)
+            reply = await _reply(endpoint, ask)
+            status = reply.status
+            await _send(send, ask, reply, closing=not service.keep_alive)
+        finally:
+            seconds = perf_counter() - began
+            meter.ended(endpoint.protocol, status, seconds)
+            shown = path if (verb, path) in direct else quote(path[:200])
+            access.note(Line(time.time(), verb, shown, status, endpoint.protocol, ask.rows, seconds, trace))
+
+    return app
 
 
-async def _http_error(_: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    body = protocols.dump({"detail": error.detail})
-    return Response(body, error.status_code, error.headers, protocols.JSON)
+async def _reply(endpoint: Speaking, ask: Ask) -> Reply | Flow:
+    try:
+        return await endpoint.handler(ask)
+    except (ClientDisconnect, Gone):
+        return Reply(400, b"")  # nobody reads it
+    except HTTPException as error:
+        key = "error" if endpoint.protocol.startswith("kserve") else "detail"
+        return Reply(error.status_code, dump({key: error.detail}), headers=tuple((error.headers or {}).items()))
+    except Exception as error:
+        _log(ask, error)
+        return endpoint.word(error)
 
 
-def _json(body: Mapping[str, Any]) -> Response:
-    return Response(protocols.dump(body), media_type=protocols.JSON)
+def _log(ask: Ask, error: Exception) -> None:
+    path, request_id = quote(ask.scope["path"][:200]), ask.trace.request_id
+    if isinstance(error, TooSlow) or (isinstance(error, StoreFailed) and error.status != 404):
+        logger.warning("%s: %s, id=%s", path, error, request_id)
+    elif not isinstance(error, EXPECTED):
+        logger.error("%s failed: %s, id=%s", path, error, request_id, exc_info=error)
 
 
-def _response(reply: Reply) -> Response:
-    headers = {"Retry-After": str(reply.retry_after)} if reply.retry_after else None
-    return Response(reply.body, reply.status, headers, reply.media_type)
+def _head(media_type: str, headers: tuple[tuple[str, str], ...], trace: Trace) -> list[tuple[bytes, bytes]]:
+    head = [(b"content-type", media_type.encode()), (b"x-request-id", trace.request_id.encode())]
+    if trace.parent:
+        head.append((b"traceparent", trace.parent.encode()))
+    head += [(name.lower().encode(), value.encode()) for name, value in headers]
+    return head
+
+
+async def _send(send: Send, ask: Ask, reply: Reply | Flow, *, closing: bool) -> None:
+    """If `closing`, the client is to open its next connection, to a server that stays."""
+    if isinstance(reply, Flow):
+        await _pour(send, ask, reply, closing=closing)
+        return
+    status, body, media_type, headers = reply
+    head = _head(media_type, headers, ask.trace)
+    head.append((b"content-length", b"%d" % len(body)))
+    if closing:
+        head.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _pour(send: Send, ask: Ask, flow: Flow, *, closing: bool) -> None:
+    """Send the pieces of `flow` as they come, until the client leaves or does not read for too long."""
+    head = [*_head(flow.media_type, (), ask.trace), (b"cache-control", b"no-store")]
+    if closing:
+        head.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": flow.status, "headers": head})
+    left = asyncio.ensure_future(ask.receive())
+    pieces = aiter(flow.pieces)
+    try:
+        while True:
+            piece = asyncio.ensure_future(anext(pieces))
+            await asyncio.wait({piece, left}, return_when=asyncio.FIRST_COMPLETED)
+            if left.done():
+                piece.cancel()
+                await asyncio.wait({piece})
+                return
+            try:
+                part = piece.result()
+            except StopAsyncIteration:
+                break
+            await asyncio.wait_for(send({"type": "http.response.body", "body": part, "more_body": True}), flow.timeout)
+        await send({"type": "http.response.body", "body": b""})
+    except (TimeoutError, asyncio.TimeoutError):
+        return  # uvicorn ends the connection of an answer that was not finished
+    finally:
+        left.cancel()
+        await flow.pieces.aclose()

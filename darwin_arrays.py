@@ -34,12 +34,12 @@ class Unproven(Exception):
     """Why a way, or predicting rows of several requests together, is not for this model."""
 
 
-def on_matrix(pyfunc: Any, plan: Plan, numbers: AbstractSet[Any], twins: Twins) -> Callable[[Rows], Any]:
-    """What the flavor's wrapper in MLflow does, with a matrix laid out in memory as its table would be.
+def on_matrix(pyfunc: Any, method: str, plan: Plan, numbers: AbstractSet[Any], twins: Twins) -> Callable[[Rows], Any]:
+    """What the flavor's wrapper in MLflow does with `method`, with a matrix laid out in memory as its table would be.
 
     `numbers` are the dtypes of the columns. What is returned raises for rows that are no matrix of the same numbers.
     """
-    predict = _predict_of(pyfunc, plan, twins)
+    predict = _predict_of(pyfunc, method, plan, twins)
     order: Any = "F" if isinstance(plan, ColumnPlan) else "C"
     rounds = np.dtype(np.int64) in numbers and len(numbers) > 1
 
@@ -52,11 +52,11 @@ def on_matrix(pyfunc: Any, plan: Plan, numbers: AbstractSet[Any], twins: Twins) 
     return arrays
 
 
-def _predict_of(pyfunc: Any, plan: Plan, twins: Twins) -> Method:
+def _predict_of(pyfunc: Any, method: str, plan: Plan, twins: Twins) -> Method:
     model, flavor = pyfunc.get_raw_model(), pyfunc.loader_module
     if flavor == "mlflow.xgboost":
         if not hasattr(model, "inplace_predict"):
-            return functools.partial(model.predict, validate_features=False)
+            return functools.partial(getattr(model, method), validate_features=False)
 
         def in_place(matrix: Array) -> Any:
             _check(_single(matrix), nan=True)  # as a DMatrix does, which is all that Booster.predict() takes
@@ -68,8 +68,7 @@ def _predict_of(pyfunc: Any, plan: Plan, twins: Twins) -> Method:
     trained_on = getattr(model, "feature_names_in_", None) if flavor == "mlflow.sklearn" else None
     if trained_on is not None and isinstance(plan, ColumnPlan) and list(trained_on) != [c.name for c in plan.columns]:
         raise Unproven("the signature's columns are not those, in order, that the model was trained on")
-    name = pyfunc.metadata.flavors["python_function"].get("predict_fn", "predict")
-    predict: Method = getattr(twins.of(model), name)
+    predict: Method = getattr(twins.of(model), method)
     return predict
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pandas as pd
 
@@ -95,7 +95,40 @@ class InferenceThread:
 
     def _work(self) -> None:
         while True:
-            self._jobs.get()()
+            job = self._jobs.get()
+            try:
+                job()
+            except BaseException:  # nobody else would answer any more
+                logger.exception("a job on the inference thread failed")
+
+
+class Request(NamedTuple):
+    """What to predict, and how to put the answer. `method` is the model's, if not its usual one.
+
+    With `stream`, the answer is wanted piece by piece, which a `Batcher` has none of.
+    """
+
+    rows: Rows
+    params: Mapping[str, Any]
+    write: Callable[[Any], Any]
+    method: str = ""
+    stream: bool = False
+
+
+class Answered(NamedTuple):
+    """What a request's `write` made of the model's answer to `rows` rows.
+
+    Seconds in the queue, of computing (that of the whole batch), and of writing.
+    """
+
+    reply: Any
+    rows: int
+    queued: float
+    computed: float
+    written: float
+
+
+Outcome = Answered | BaseException
 
 
 @dataclass(eq=False, slots=True)
@@ -105,14 +138,32 @@ class Job:
     One that is yet to be parsed has no `kind` that it could share with others, and counts as a full batch.
     """
 
-    parse: Callable[[], tuple[Rows, Mapping[str, Any]]]
+    parse: Callable[[], Request]
     kind: Hashable | None
     count: int
-    write: Callable[[Any], bytes]
     size: int
     gone: Callable[[], Awaitable[bool]]
-    answer: asyncio.Future[bytes]
+    answer: asyncio.Future[Answered]
     since: float
+    arrived: float
+
+
+class Watcher(Protocol):
+    """Whom a `Batcher` tells what it does."""
+
+    def batch(self, rows: int) -> None:
+        """So many rows were answered together."""
+
+    def queued(self, rows: int) -> None:
+        """So many rows wait now."""
+
+
+class Nobody:
+    """Watches nothing."""
+
+    def batch(self, rows: int) -> None: ...
+
+    def queued(self, rows: int) -> None: ...
 
 
 class Batcher:
@@ -124,13 +175,15 @@ class Batcher:
 
     def __init__(
         self,
-        predict: Callable[[Rows, Mapping[str, Any]], Any],
+        predict: Callable[[Rows, Mapping[str, Any], str], Any],
         thread: InferenceThread,
         limits: Limits,
         *,
         batching: bool,
         on_hang: Callable[[], None],
+        watcher: Watcher = Nobody(),  # noqa: B008 - it has no state
     ) -> None:
+        self._watcher = watcher
         self._predict = predict
         self._thread = thread
         self._limits = limits
@@ -162,54 +215,44 @@ class Batcher:
         running = asyncio.get_running_loop().time() - self._started if self._running else 0.0
         return running if running > self._limits.timeout else 0.0
 
-    async def predict(
-        self,
-        rows: Rows,
-        params: Mapping[str, Any],
-        write: Callable[[Any], bytes],
-        size: int,
-        gone: Callable[[], Awaitable[bool]],
-    ) -> bytes:
-        """The answer to `rows` as `write` puts it. `size` is in bytes; `gone` tells whether the client still waits.
+    async def predict(self, request: Request, size: int, gone: Callable[[], Awaitable[bool]]) -> Answered:
+        """The answer to `request`, of `size` bytes; `gone` tells whether the client still waits.
 
         Raises what predict and write raise, `Overloaded`, `TooSlow` and `Gone`.
         """
-        kind = rows.kind if self._batching else None
-        if kind is not None and params:
-            kind = (kind, repr(sorted(params.items())))
-        return await self._answered(lambda: (rows, params), kind, rows.count, write, size, gone)
+        # That rows are independent is proven for the usual method alone.
+        kind = request.rows.kind if self._batching and not request.method else None
+        if kind is not None and request.params:
+            kind = (kind, repr(sorted(request.params.items())))
+        return await self._answered(lambda: request, kind, request.rows.count, size, gone)
 
     async def parse_and_predict(
-        self,
-        parse: Callable[[], tuple[Rows, Mapping[str, Any]]],
-        write: Callable[[Any], bytes],
-        size: int,
-        gone: Callable[[], Awaitable[bool]],
-    ) -> bytes:
+        self, parse: Callable[[], Request], size: int, gone: Callable[[], Awaitable[bool]]
+    ) -> Answered:
         """The same for a request that takes long to parse: that, too, then waits its turn and is off the event loop.
 
         Raises what parse raises, too.
         """
-        return await self._answered(parse, None, self._limits.batch_rows, write, size, gone)
+        return await self._answered(parse, None, self._limits.batch_rows, size, gone)
 
     async def _answered(
         self,
-        parse: Callable[[], tuple[Rows, Mapping[str, Any]]],
+        parse: Callable[[], Request],
         kind: Hashable | None,
         count: int,
-        write: Callable[[Any], bytes],
         size: int,
         gone: Callable[[], Awaitable[bool]],
-    ) -> bytes:
+    ) -> Answered:
         loop = asyncio.get_running_loop()
         size += REQUEST_BYTES
         full = self._rows + count > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES
         if full and self._rows:
             raise Overloaded(max(1, math.ceil(self._rows * self._row_seconds)))
-        job = Job(parse, kind, count, write, size, gone, loop.create_future(), loop.time())
+        job = Job(parse, kind, count, size, gone, loop.create_future(), loop.time(), perf_counter())
         self._queues.setdefault(job if kind is None else kind, deque()).append(job)
         self._rows += count
         self._bytes += size
+        self._watcher.queued(self._rows)
         self._quiet = 0
         self._open.append(job)
         if self._alarm is None:
@@ -260,6 +303,7 @@ class Batcher:
                     count += job.count
             if waiting:
                 self._queues[key] = waiting
+        self._watcher.queued(self._rows)
         return batch
 
     async def _run_wanted(self, batch: list[Job]) -> None:
@@ -296,31 +340,48 @@ class Batcher:
     def _answer(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """On the inference thread: have the model answer, and tell the event loop."""
         began = perf_counter()
-        answers = self._together(batch) if len(batch) > 1 else [self._alone(batch[0])]
+        answers = self._together(batch, began) if len(batch) > 1 else [_outcome(partial(self._alone, batch[0], began))]
         with contextlib.suppress(RuntimeError):  # the loop has ended without waiting for us
             loop.call_soon_threadsafe(self._deliver, batch, answers, perf_counter() - began)
 
-    def _alone(self, job: Job) -> bytes | BaseException:
-        return _outcome(lambda: job.write(self._predict(*job.parse())))
+    def _alone(self, job: Job, began: float) -> Answered:
+        request = job.parse()
+        asked = perf_counter()
+        output = self._predict(request.rows, request.params, request.method)
+        answered = perf_counter()
+        reply = request.write(output)
+        return Answered(reply, request.rows.count, began - job.arrived, answered - asked, perf_counter() - answered)
 
-    def _together(self, batch: list[Job]) -> list[bytes | BaseException] | None:
+    def _together(self, batch: list[Job], began: float) -> list[Outcome] | None:
         """The answer to each of `batch`, which go to the model at once; None if each has to be asked alone."""
-        parsed = [job.parse() for job in batch]
+        requests = [job.parse() for job in batch]
+        counts = [request.rows.count for request in requests]
         try:
-            output = self._predict(together([rows for rows, _ in parsed]), parsed[0][1])
+            output = self._predict(together([request.rows for request in requests]), requests[0].params, "")
+            parts = split(output, counts)
         except BaseException:
             return None  # alone, each gets the error that is its own
-        parts = split(output, [job.count for job in batch])
         if parts is None:
             logger.warning("the model does not answer with a row for each of several: rows are not batched any more")
             self._batching = False
             return None
-        return [_outcome(partial(job.write, part)) for job, part in zip(batch, parts, strict=True)]
+        before = perf_counter()
+        computed = before - began
+        answers: list[Outcome] = []
+        for job, request, part in zip(batch, requests, parts, strict=True):
+            reply = _outcome(partial(request.write, part))
+            after = perf_counter()
+            timed = Answered(reply, request.rows.count, began - job.arrived, computed, after - before)
+            answers.append(reply if isinstance(reply, BaseException) else timed)
+            before = after
+        return answers
 
-    def _deliver(self, batch: list[Job], answers: Sequence[bytes | BaseException] | None, seconds: float) -> None:
+    def _deliver(self, batch: list[Job], answers: Sequence[Outcome] | None, seconds: float) -> None:
         if answers is None:
             self._put_back(batch)
             answers = ()
+        else:
+            self._watcher.batch(sum(answer.rows for answer in answers if isinstance(answer, Answered)))
         for job, answer in zip(batch, answers, strict=False):
             if job.answer.done():  # too late, or nobody waits
                 continue
@@ -365,9 +426,9 @@ class Batcher:
             self._on_hang()
 
 
-def _outcome(write: Callable[[], bytes]) -> bytes | BaseException:
+def _outcome(get: Callable[[], T]) -> T | BaseException:
     try:
-        return write()
+        return get()
     except BaseException as error:  # whatever it is, the one waiting must hear of it
         return error
 

@@ -21,6 +21,8 @@ import numpy as np
 import orjson
 
 MAX_PROBLEMS = 100
+# After so many, nothing more is looked at: to count those of a large body can take minutes.
+ENOUGH_PROBLEMS = 10_000
 
 # An array, or an object, of which no part was given.
 MISSING: Any = object()
@@ -93,6 +95,8 @@ class Report:
 
     def _add(self, row: int | None, name: str, kind: str, expected: str, value: Any, found: str) -> None:
         self.total += 1
+        if self.total >= ENOUGH_PROBLEMS:
+            self.finish()
         if self.total <= MAX_PROBLEMS:
             where = [f"row {row}"] if row is not None else []
             where += [repr(name)] if name else []
@@ -146,6 +150,11 @@ class Cell:
     optional_null: Any = None
     # Inside an array or object, MLflow would take a Python number for one of 64 bits: a numpy value keeps its width.
     packed: bool = False
+
+    @property
+    def nested(self) -> bool:
+        """Whether its values are lists or objects, which text holds as JSON."""
+        return self.from_text is _json_from_text
 
 
 def _objects(values: Sequence[Any]) -> Array:

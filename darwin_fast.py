@@ -64,13 +64,47 @@ def plain(pyfunc: Any) -> Path:
     return Path(lambda rows, params: pyfunc.predict(rows.for_model(), params=dict(params) if params else None))
 
 
-def prove(pyfunc: Any, plan: Plan, example: Rows | None = None, *, fast: bool = True, budget: float = BUDGET) -> Path:
+# What scikit-learn's estimators and those that share its API may answer besides `predict`.
+METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples", "transform")
+
+
+def raw(pyfunc: Any) -> Any:
+    """The flavor's own model, if it is of a known flavor."""
+    return pyfunc.get_raw_model() if pyfunc.loader_module in FLAVORS else None
+
+
+def methods(pyfunc: Any) -> list[str]:
+    """Which of `METHODS` the model offers."""
+    model = raw(pyfunc)
+    # A booster has `predict` alone, which takes what MLflow makes of a table.
+    return [name for name in METHODS if callable(getattr(model, name, None))] if hasattr(model, "get_params") else []
+
+
+def asked(pyfunc: Any, method: str) -> Any:
+    """`pyfunc` as if it had been logged with `method` for its `pyfunc_predict_fn`."""
+    if method == pyfunc.metadata.flavors["python_function"].get("predict_fn", "predict"):
+        return pyfunc
+    call = getattr(raw(pyfunc), method)
+    other = copy.copy(pyfunc)
+    other._predict_fn = lambda data, params=None: call(data, **(params or {}))
+    return other
+
+
+def prove(
+    pyfunc: Any,
+    plan: Plan,
+    example: Rows | None = None,
+    *,
+    method: str = "predict",
+    fast: bool = True,
+    budget: float = BUDGET,
+) -> Path:
     """The quickest path for the model, found in some 50 ms and in about twice `budget` seconds at most.
 
     If not `fast`, it is plain, but maybe batchable. Raises nothing: what can't be proven is not used, and the path's
     description says why.
     """
-    proof = Proof(pyfunc, plan, example, budget)
+    proof = Proof(pyfunc, plan, example, budget, method)
     path, why = plain(pyfunc), [] if fast else ["FAST_PATH=off"]
     with _undisturbed():
         for step in (proof.unenforced, proof.on_arrays) if fast else ():
@@ -144,7 +178,8 @@ class Clock:
 class Proof:
     """The steps of `prove`. Each returns a better path, or raises, mostly `Unproven`."""
 
-    def __init__(self, pyfunc: Any, plan: Plan, example: Rows | None, budget: float) -> None:
+    def __init__(self, pyfunc: Any, plan: Plan, example: Rows | None, budget: float, method: str) -> None:
+        self.method = method
         self.pyfunc = pyfunc
         self.plan = plan
         self.example = example
@@ -189,7 +224,7 @@ class Proof:
         for kernels in (True, False):
             twins = Twins(kernels)
             try:
-                arrays = on_matrix(self.pyfunc, probes.plan, numbers, twins)
+                arrays = on_matrix(self.pyfunc, self.method, probes.plan, numbers, twins)
                 with one_job(twins.forests):
                     self._compare(arrays, lambda rows: path.tables(rows, None), probes)
                 break
@@ -197,7 +232,8 @@ class Proof:
                 if not kernels or isinstance(error, TooSlow):
                     raise
         name = type(self.pyfunc.get_raw_model()).__name__
-        return replace(path, arrays=arrays, description=f"predicts on arrays with {name}")
+        asked = "" if self.method == "predict" else f" and {self.method}"
+        return replace(path, arrays=arrays, description=f"predicts on arrays with {name}{asked}")
 
     def _compare(self, arrays: Callable[[Rows], Any], tables: Callable[[Rows], Any], probes: Probes) -> None:
         """Raise `Unproven` unless whatever `arrays` answers is what `tables` answers."""

@@ -85,7 +85,7 @@ class _Formatter(logging.Formatter):
         return self.redact(super().format(record))
 
 
-class _JsonFormatter(_Formatter):
+class JsonFormatter(_Formatter):
     def __init__(self, redact: Redactor, service: str) -> None:
         super().__init__(redact)
         self.service = service
@@ -118,7 +118,7 @@ def set_up(read: Reader) -> Redactor:
 
     redact = Redactor(read.environ)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter(redact, service) if style == "json" else _Formatter(redact))
+    handler.setFormatter(JsonFormatter(redact, service) if style == "json" else _Formatter(redact))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.getLevelName(level.upper()), logging.INFO))

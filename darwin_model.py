@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 
@@ -22,7 +23,7 @@ import darwin_fast
 import darwin_mlflow
 from darwin_cells import Spec
 from darwin_log import RoleError
-from darwin_plan import ParamPlan, Plan, Rows, plan_of
+from darwin_plan import Contract, ParamPlan, Plan, Rows, plan_of
 
 MODEL_FILE = "MLmodel"
 PYFUNC = "python_function"
@@ -67,7 +68,9 @@ class PredictionFailed(Exception):
 class Model:
     """A loaded model. `plan` and `params` parse its input; `outputs` is its output signature in JSON form.
 
-    `example` is the JSON body of a request the model was logged with, None if it has none. `path` is how it predicts.
+    `example` is the JSON body of a request the model was logged with, None if it has none. `paths` are how it does what
+    it can be asked for, by the name of the method, the one it was logged with first; `method` is the usual one.
+    `load_seconds` is how long loading took.
     """
 
     directory: Path
@@ -77,7 +80,31 @@ class Model:
     outputs: Sequence[Spec]
     example: bytes | None
     pyfunc: Any
-    path: darwin_fast.Path
+    paths: Mapping[str, darwin_fast.Path]
+    method: str
+    load_seconds: float = 0.0
+
+    @property
+    def path(self) -> darwin_fast.Path:
+        """How it predicts unless asked otherwise."""
+        return self.paths[self.method]
+
+    def contract(self, name: str, version: str = "") -> Contract:
+        """What clients who know it by `name` and `version` can ask, and how."""
+        classes: Any = getattr(darwin_fast.raw(self.pyfunc), "classes_", None)
+        one_output = isinstance(classes, np.ndarray) and classes.ndim == 1
+        return Contract(
+            plan=self.plan,
+            params=self.params,
+            # They were inferred from what the method that the model was logged with answers.
+            outputs=self.outputs if self.method == next(iter(self.paths)) else (),
+            name=name,
+            version=version,
+            methods=tuple(self.paths),
+            method=self.method,
+            classes=classes.tolist() if one_output else None,
+            streams=getattr(self.pyfunc, "_predict_stream_fn", None) is not None,
+        )
 
     @property
     def batchable(self) -> bool:
@@ -90,15 +117,38 @@ class Model:
         `example` is the model's own, parsed. This runs the model, so not before a fork: mostly for some 50 ms, and for
         about twice `budget`, in seconds, at most.
         """
-        return replace(self, path=darwin_fast.prove(self.pyfunc, self.plan, example, fast=fast, budget=budget))
+        asked = darwin_fast.asked(self.pyfunc, self.method)
+        path = darwin_fast.prove(asked, self.plan, example, method=self.method, fast=fast, budget=budget)
+        return replace(self, paths={**self.paths, self.method: path})
 
-    def predict(self, rows: Rows, params: Mapping[str, Any] | None = None) -> Any:
-        """What `mlflow.pyfunc` answers to `rows`. Raises `Refused` or `PredictionFailed`."""
-        if self.path.arrays and not params:
+    def predict(self, rows: Rows, params: Mapping[str, Any] | None = None, method: str = "") -> Any:
+        """What `mlflow.pyfunc`, or another `method` than the usual one, answers to `rows`.
+
+        Raises `Refused` or `PredictionFailed`.
+        """
+        if rows.as_sent:
+            return _worded(lambda: self.pyfunc.predict(rows.value, params=dict(params or {})), doubtful=True)
+        path = self.paths[method or self.method]
+        if path.arrays and not params:
             # Whatever it raises, what counts is what pyfunc says of these rows.
             with contextlib.suppress(BaseException):
-                return self.path.arrays(rows)
-        return _worded(lambda: self.path.tables(rows, params), doubtful=rows.doubtful)
+                return path.arrays(rows)
+        return _worded(lambda: path.tables(rows, params), doubtful=rows.doubtful)
+
+    def stream(self, rows: Rows, params: Mapping[str, Any] | None = None) -> Iterator[Any]:
+        """The pieces of an answer, as the model yields them. Raises, also later, as `predict` does."""
+        pieces = _worded(lambda: self.pyfunc.predict_stream(rows.value, params=dict(params or {})), doubtful=True)
+        done = object()
+        try:
+            while (piece := _worded(lambda: next(pieces, done), doubtful=False)) is not done:
+                yield piece
+        except PredictionFailed as error:
+            if isinstance(error.__cause__, NotImplementedError):  # as all classes of MLflow's do that don't stream
+                raise Refused("this model cannot answer piece by piece: leave out stream") from error
+            raise
+        finally:
+            if hasattr(pieces, "close"):
+                pieces.close()
 
     def predict_own_example(self) -> Any:
         """What the model answers to its input example as MLflow stored it. Raises like `predict`."""
@@ -165,8 +215,11 @@ def _entries(path: Path) -> list[str]:
         return [""]
 
 
-def load(directory: Path, model_config: Mapping[str, Any] | None = None) -> Model:
-    """Load the model in `directory`. Raises `RoleError` naming the file, library or version that is in the way."""
+def load(directory: Path, model_config: Mapping[str, Any] | None = None, method: str = "") -> Model:
+    """Load the model in `directory`, to be asked for `method` rather than what it was logged to answer with.
+
+    Raises `RoleError` naming the file, library, version or method that is in the way.
+    """
     description = _description(directory)
     requirements = _requirements(directory)
     differences = _differences(requirements, description["flavors"][PYFUNC].get("python_version"))
@@ -181,6 +234,10 @@ def load(directory: Path, model_config: Mapping[str, Any] | None = None) -> Mode
         raise RoleError(_why(directory, description, requirements, differences, error)) from error
     signature = pyfunc.metadata.signature
     inputs = signature.inputs.to_dict() if signature and signature.inputs else None
+    usual = description["flavors"][PYFUNC].get("predict_fn", "predict")
+    methods = dict.fromkeys([usual, *darwin_fast.methods(pyfunc)])
+    if method and method not in methods:
+        raise RoleError(f"the model in {directory} has no {method}: PREDICT_METHOD may be {', '.join(methods)}")
     return Model(
         directory=directory,
         flavors=tuple(name for name in description["flavors"] if name != PYFUNC) or (PYFUNC,),
@@ -189,7 +246,8 @@ def load(directory: Path, model_config: Mapping[str, Any] | None = None) -> Mode
         outputs=signature.outputs.to_dict() if signature and signature.outputs else (),
         example=_example(directory, description),
         pyfunc=pyfunc,
-        path=darwin_fast.plain(pyfunc),
+        paths={name: darwin_fast.plain(darwin_fast.asked(pyfunc, name)) for name in methods},
+        method=method or usual,
     )
 
 

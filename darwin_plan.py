@@ -61,6 +61,7 @@ class Rows:
     names: pd.Index[Any] | None = None
     complete: bool = True
     kind: Hashable | None = None
+    as_sent: bool = False
 
     def for_model(self) -> Any:
         if not self.table:
@@ -238,6 +239,7 @@ class ColumnPlan:
     """
 
     def __init__(self, specs: Sequence[Spec]) -> None:
+        self.specs = specs
         self.named = specs[0].get("name") is not None
         self.columns = tuple(
             Column(spec["name"] if self.named else index, cell_of(spec), bool(spec.get("required", True)))
@@ -254,6 +256,7 @@ class ColumnPlan:
         # Columns of one numeric type make a matrix, called this.
         uniform = self._distinct and len(of_type) == 1 and int in self.columns[0].cell.plain
         self._names = pd.DataFrame({column.name: [] for column in self.columns}).columns if uniform else None
+        self._dtype = self.columns[0].cell.build([]).dtype
         self.all_floats = uniform and self.columns[0].cell.name in ("float", "double")
         self._kind = f"{'matrix' if uniform else 'table'} of {specs}"
         self.inputs = describe(specs)
@@ -284,6 +287,21 @@ class ColumnPlan:
         """`[[1, 2], …]`: a list per row, in the signature's order."""
         _need_lists(rows, len(self.columns))
         return self._rows(rows)
+
+    def numbers(self, array: Array, shape: tuple[int, int]) -> Rows | None:
+        """The rows of an array of this shape, if they are a matrix as it is; else they need a closer look."""
+        if self._names is None or shape[1] != len(self.columns):
+            return None
+        same = array.dtype == self._dtype and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
+        return self._matrix(array.reshape(shape), Report()) if same else None
+
+    def flat(self, values: list[Any], shape: tuple[int, int]) -> Rows | None:
+        """The same for values as JSON has them, row after row."""
+        if self._names is None or shape[1] != len(self.columns):
+            return None
+        report = Report()
+        array = in_bulk(self.columns[0].cell, values, report)
+        return None if array is None else self._matrix(array.reshape(shape), report)
 
     def arrays(self, columns: Mapping[str, Any]) -> Rows:
         """`{"a": [1, …], "b": [2, …]}`: a list per column, all equally long."""
@@ -390,11 +408,9 @@ class ColumnPlan:
 
     def _rows(self, rows: Sequence[Sequence[Any]]) -> Rows:
         """`rows` hold a value for each column of the signature."""
-        if self._names is not None:
-            report = Report()
-            array = in_bulk(self.columns[0].cell, [*itertools.chain.from_iterable(rows)], report)
-            if array is not None:
-                return self._matrix(array.reshape(len(rows), -1), report)
+        shape = len(rows), len(self.columns)
+        if self._names is not None and (matrix := self.flat([*itertools.chain.from_iterable(rows)], shape)):
+            return matrix
         return self._table(list(zip(*rows, strict=True)), len(rows))
 
     def _split(self, names: list[str], cells: Sequence[Sequence[Any]], count: int) -> Rows:
@@ -518,6 +534,7 @@ class TensorPlan:
     all_floats = False
 
     def __init__(self, specs: Sequence[Spec]) -> None:
+        self.specs = specs
         self.tensors = []
         for spec in specs:
             dtype = np.dtype(spec["tensor-spec"]["dtype"])
@@ -621,6 +638,7 @@ class UncheckedPlan:
     """No signature: the same objects that MLflow's scoring server would hand to such a model."""
 
     inputs: Sequence[Spec] = ()
+    specs: Sequence[Spec] = ()
     all_floats = False
 
     def records(self, rows: Any) -> Rows:
@@ -736,6 +754,11 @@ class ParamPlan:
         self.specs = list(specs or ())
         self._cells = {spec["name"]: (cell_of(spec), spec.get("shape") is not None) for spec in self.specs}
 
+    def schema(self, name: str) -> Spec:
+        """JSON Schema of the parameter `name`."""
+        cell, many = self._cells[name]
+        return or_null({"type": "array", "items": cell.schema} if many else cell.schema)
+
     def parse(self, given: Any) -> dict[str, Any]:
         """The declared parameters among `given`, as Python values; `ParamsError` lists all that don't fit."""
         if given is None or not self._cells:
@@ -766,3 +789,23 @@ def _param(cell: Cell, value: Any, bad: Bad) -> Any:
         unit = "D" if len(value) == 10 else "us"
         return np.datetime64(converted, "ns").astype(f"datetime64[{unit}]").item()
     return value if cell.name == "object" else converted
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What requests to a model are read by, and its answers written by.
+
+    `name` and `version` are what it is called in URLs. `methods` are those that it can be asked for; `method` is what
+    it does unless asked. `classes` are the labels that the columns of its probabilities stand for, if they are known.
+    It `streams` if it can answer piece by piece.
+    """
+
+    plan: Plan
+    params: ParamPlan
+    outputs: Sequence[Spec] = ()
+    name: str = "model"
+    version: str = ""
+    methods: tuple[str, ...] = ("predict",)
+    method: str = "predict"
+    classes: Sequence[Any] | None = None
+    streams: bool = False

@@ -1,38 +1,54 @@
-"""Wire formats to rows and back: Darwin's /predict and the MLflow scoring server's /invocations. Pure functions.
+"""Wire formats to rows and back: Darwin's /predict, the MLflow scoring server's /invocations, and KServe's V1.
 
+Pure functions, and what all protocols have in common; the Open Inference Protocol (V2) has a module of its own.
 Sources: Darwin's runtime; MLflow 3.17, mlflow.pyfunc.scoring_server
-(https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/#inference-server-specification).
+(https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/#inference-server-specification); KServe's V1
+(https://kserve.github.io/website/docs/concepts/architecture/data-plane/v1-protocol).
 """
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import datetime
 import functools
+import io
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 import pandas as pd
 
-from darwin_batching import Overloaded, TooSlow
-from darwin_cells import InputError, ParamsError, Spec
+from darwin_batching import MAX_QUEUE_BYTES, Overloaded, Request, TooSlow
+from darwin_cells import InputError, ParamsError, Spec, refuse
+from darwin_json import Unwritable, dump, plain
 from darwin_model import PredictionFailed, Refused
-from darwin_plan import ParamPlan, Plan, Rows, describe
+from darwin_plan import Contract, Plan, Rows, describe
 
 JSON = "application/json"
 CSV = "text/csv"
-TEXT = "text/plain"
+PARQUET = "application/vnd.apache.parquet"
+TEXT = "text/plain; charset=utf-8"
 
 TABLES = ("dataframe_split", "dataframe_records")
 TENSORS = ("instances", "inputs")
 SHAPES = (*TABLES, *TENSORS)
 
+# Where MLflow sees one of these beside the rest, the body is the model's own business.
+CHAT = ("messages", "prompt", "input")
+
 STORE_KEYS = ("feature_group", "ofs_keys")
+
+# The param that chooses one of the model's methods.
+METHOD = "predict_method"
+
+
+# No data compresses better than this, beyond the first megabyte.
+INFLATION = 100
+
+# A Parquet file can hold any number of equal cells in a few bytes.
+MOST_CELLS = 4_000_000
 
 
 class Malformed(ValueError):
@@ -40,32 +56,117 @@ class Malformed(ValueError):
 
 
 class Unsupported(ValueError):
-    """The Content-Type is none that can be read."""
+    """The Content-Type, or the Content-Encoding, is none that can be read."""
+
+
+class NotAcceptable(ValueError):
+    """The Accept header allows nothing that can be written."""
+
+
+class TooLarge(ValueError):
+    """The body holds more than may be read."""
+
+
+class NotFound(LookupError):
+    """There is no such model here."""
 
 
 class NotReady(Exception):
     """The model has not been loaded yet, or is being unloaded."""
 
 
-class Unwritable(Exception):
-    """The model's answer has no JSON form."""
+class StoreFailed(Exception):
+    """The feature store gave no features, for `status`, which is HTTP's, and the reason in the message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-class Request(NamedTuple):
-    """What to predict, whichever protocol asked."""
-
-    rows: Rows
-    params: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer as the protocol words it; `status` is HTTP's, `retry_after` in seconds."""
+class Reply(NamedTuple):
+    """An answer as the protocol words it; `status` is HTTP's."""
 
     status: int
     body: bytes
     media_type: str = JSON
-    retry_after: int = 0
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+# As a request has them: names in lower case.
+Headers = Mapping[bytes, bytes]
+
+# Raises `Malformed`, `InputError`, `Unsupported` or `NotAcceptable`.
+Read = Callable[[bytes, Headers, Contract], Request]
+
+
+# Every protocol
+
+
+def decoded(body: bytes, encoding: bytes) -> bytes:
+    """`body` without its Content-Encoding. Raises `Unsupported`, `Malformed` or `TooLarge`."""
+    name = encoding.strip().lower()
+    if name in (b"", b"identity"):
+        return body
+    if name not in (b"gzip", b"x-gzip", b"deflate"):
+        raise Unsupported(f"Content-Encoding {_shown(encoding)} is not supported: send gzip, deflate, or none")
+    unzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # which of both it is, the first bytes tell
+    most = min(MAX_QUEUE_BYTES, INFLATION * len(body) + 1024 * 1024)
+    try:
+        plain_body = unzip.decompress(body, most)
+    except zlib.error as error:
+        raise Malformed(f"the body is not {name.decode()}: {error}") from None
+    if unzip.unconsumed_tail:
+        raise TooLarge(f"the body of {len(body)} bytes is larger than {most} bytes once it is decompressed")
+    if not unzip.eof or unzip.unused_data:
+        raise Malformed(f"the body is not {name.decode()}: it is cut short, or more follows")
+    return plain_body
+
+
+def inflates(headers: Headers) -> bool:
+    """Whether the body's length says little of what it takes to read it."""
+    return headers.get(b"content-type", b"").strip().lower().startswith(PARQUET.encode())
+
+
+def _shown(header: bytes) -> str:
+    return repr(header[:100].decode(errors="replace"))
+
+
+@functools.lru_cache(maxsize=64)
+def _media_type(content_type: bytes, known: tuple[str, ...]) -> str:
+    """What of `known` the body is; without a header, the first of them."""
+    if not content_type.strip():
+        return known[0]
+    media_type, *parameters = (part.strip() for part in content_type.decode("latin-1").split(";"))
+    for parameter in filter(None, parameters):
+        key, _, value = parameter.partition("=")
+        if key.strip().lower() != "charset":
+            raise Unsupported(f"Content-Type parameter {key.strip()[:100]!r} is not supported: only charset is")
+        if value.strip(" \"'").lower() not in ("utf-8", "utf8"):
+            raise Unsupported("only UTF-8 is supported")
+    if media_type.lower() not in known:
+        raise Unsupported(f"Content-Type {media_type[:100]!r} is not supported: send {' or '.join(known)}")
+    return media_type.lower()
+
+
+@functools.lru_cache(maxsize=64)
+def _wanted(accept: bytes) -> str:
+    """Which of JSON and CSV a client prefers, JSON if it does not care. Raises `NotAcceptable` if neither will do."""
+    if not accept.strip():
+        return JSON
+    given: dict[str, float] = {}
+    for part in accept.decode("latin-1").lower().split(","):
+        media_type, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
+        try:
+            given[media_type] = float(quality)
+        except ValueError:
+            given[media_type] = 0.0
+    anything = given.get("*/*", 0.0)
+    json_quality = given.get(JSON, given.get("application/*", anything))
+    csv_quality = given.get(CSV, given.get("text/*", anything))
+    if max(json_quality, csv_quality) <= 0:
+        raise NotAcceptable(f"nothing that Accept: {accept[:100].decode('latin-1')} allows: ask for {JSON} or {CSV}")
+    return CSV if csv_quality > json_quality else JSON
 
 
 # Every digit looks like 0, all else but a point like a space: finding this takes a tenth of what a pattern takes.
@@ -76,17 +177,21 @@ _LONG_INTEGER = b" " + b"0" * 19
 _LARGE_BYTES = 16 * 1024
 
 
-def _read(body: bytes, plan: Plan, read: Callable[[dict[str, Any]], Request]) -> Request:
+def read_object(body: bytes, plan: Plan, read: Callable[[dict[str, Any]], Request]) -> Request:
     """What `read` makes of the object in `body`, with exact integers. Raises `Malformed` and what `read` does."""
+    value = _loaded(orjson.loads, body)
+    if len(body) > _LARGE_BYTES and plan.all_floats and (request := _if_of_small_floats(value, read)):
+        return request
+    if _LONG_INTEGER in body.translate(_DIGITS):
+        value = _loaded(json.loads, body)  # exact, where orjson makes floats of integers beyond 64 bits
+    return read(_need_object(value))
+
+
+def _loaded(load: Callable[[bytes], Any], body: bytes) -> Any:
     try:
-        value = orjson.loads(body)
-        if len(body) > _LARGE_BYTES and plan.all_floats and (request := _if_of_small_floats(value, read)):
-            return request
-        if _LONG_INTEGER in body.translate(_DIGITS):
-            value = json.loads(body)  # exact, where orjson makes floats of integers beyond 64 bits
+        return load(body)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"the body is not valid JSON: {error}") from None
-    return read(_need_object(value))
 
 
 def _if_of_small_floats(value: Any, read: Callable[[dict[str, Any]], Request]) -> Request | None:
@@ -106,31 +211,97 @@ def _need_object(value: Any) -> dict[str, Any]:
     return value
 
 
+def how(given: Any, contract: Contract) -> tuple[dict[str, Any], str]:
+    """The params, and the method if it is not the usual one, that a request asks for. Raises `ParamsError`."""
+    params = contract.params.parse(given)
+    method = given.get(METHOD) if type(given) is dict and METHOD not in params else None
+    if method is None or method == contract.method:
+        return params, ""
+    if method not in contract.methods:
+        raise ParamsError(refuse(f"params.{METHOD}: one of {', '.join(contract.methods)}", method).problems)
+    return params, method
+
+
+def write_csv(output: Any, name: str) -> Reply:
+    """A header and a line for each row; `name` is that of a column that has none. Raises `Unwritable`."""
+    try:
+        table = _table(output, name)
+        dump([table[column].tolist() for column in table if table[column].dtype == object])  # refuses what JSON does
+        text = table.replace([np.inf, -np.inf], np.nan).to_csv(index=False)
+    except (TypeError, ValueError) as error:
+        raise Unwritable(f"the model's output is no table that could be written as CSV: {error}") from error
+    return Reply(200, text.encode(), f"{CSV}; charset=utf-8")
+
+
+def _table(output: Any, name: str) -> Any:
+    if isinstance(output, pd.DataFrame):
+        return output
+    if isinstance(output, pd.Series):
+        return pd.DataFrame({name if output.name is None else output.name: output})
+    if isinstance(output, dict) or (isinstance(output, list) and output and isinstance(output[0], dict)):
+        return pd.DataFrame(output)
+    cells = np.atleast_1d(np.asarray(plain(output)))
+    if cells.ndim == 1:
+        return pd.DataFrame({name: cells})
+    return pd.DataFrame(cells, columns=[f"{name}_{index}" for index in range(cells.shape[1])])
+
+
+def _writer(headers: Headers, usual: Callable[[Any], Reply], contract: Contract, method: str) -> Callable[[Any], Reply]:
+    """`usual`, unless the client prefers CSV."""
+    accept = headers.get(b"accept", b"*/*")
+    if accept == b"*/*" or _wanted(accept) == JSON:
+        return usual
+    names = [spec.get("name") for spec in contract.outputs]
+    name = names[0] if len(names) == 1 and names[0] and not method else method or "prediction"
+    return partial(write_csv, name=name)
+
+
 # Darwin
 
-
-def read_predict(body: bytes, _: str | None, plan: Plan, params: ParamPlan) -> Request:
-    """`{"features": {…} or [{…}, …], "params"?: {…}}`. Raises `Malformed` or `InputError`."""
-    return _read(body, plan, lambda request: _predict(request, plan, params))
+Lookup = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 
-def _predict(request: dict[str, Any], plan: Plan, params: ParamPlan) -> Request:
+def read_predict(body: bytes, headers: Headers, contract: Contract, lookup: Lookup | None = None) -> Request:
+    """`{"features": {…} or [{…}, …], "params"?: {…}}`, or `{"feature_group", "ofs_keys"}`, which `lookup` finds."""
+    return read_object(body, contract.plan, lambda request: _predict(request, headers, contract, lookup))
+
+
+def _predict(request: dict[str, Any], headers: Headers, contract: Contract, lookup: Lookup | None) -> Request:
     stored = [key for key in STORE_KEYS if request.get(key) is not None]
     if ("features" in request) == bool(stored) or len(stored) == 1:
         given = ", ".join(key for key in ("features", *STORE_KEYS) if request.get(key) is not None) or "neither"
         raise Malformed(f"give either features, or both feature_group and ofs_keys (given: {given})")
-    if stored:
-        raise Malformed("this server has no feature store: give the values themselves, as features")
-    return Request(plan.features(request["features"]), params.parse(request.get("params")))
+    features = _stored(request, lookup) if stored else request["features"]
+    params, method = how(request.get("params"), contract)
+    usual = partial(write_scores, classes=contract.classes, method=method or contract.method)
+    return Request(contract.plan.features(features), params, _writer(headers, usual, contract, method), method)
 
 
-def write_scores(output: Any) -> bytes:
-    """`{"scores": [...]}`. Raises `Unwritable`."""
+def _stored(request: dict[str, Any], lookup: Lookup | None) -> Mapping[str, Any]:
+    group, keys = (request[key] for key in STORE_KEYS)
+    if lookup is None:
+        raise Malformed(
+            "this server has no feature store: set FEATURE_STORE_URL and OFS_ADMIN_URL, or give the values, as features"
+        )
+    if not isinstance(group, str) or not group:
+        raise Malformed("feature_group must be the name of a feature group")
+    if not isinstance(keys, dict) or not keys:
+        raise Malformed('ofs_keys must be an object of primary keys, such as {"user_id": 42}')
+    return lookup(group, keys)
+
+
+def write_scores(output: Any, classes: Sequence[Any] | None = None, method: str = "predict") -> Reply:
+    """`{"scores": [...]}`; of probabilities also the most probable class of each row. Raises `Unwritable`."""
     try:
-        plain = _plain(output)
+        scores = plain(output)
     except (TypeError, ValueError):
-        plain = [output]
-    return dump({"scores": plain if isinstance(plain, (list, tuple)) else [plain]})
+        scores = [output]
+    answer: dict[str, Any] = {"scores": scores if isinstance(scores, (list, tuple)) else [scores]}
+    if method == "predict_proba":
+        answer["probabilities"] = answer["scores"]
+        if classes is not None and isinstance(output, np.ndarray) and output.shape[1:] == (len(classes),):
+            answer["predicted_class"] = [classes[index] for index in output.argmax(axis=1)]
+    return Reply(200, dump(answer))
 
 
 def darwin_failure(error: Exception, inputs: Sequence[Spec]) -> Reply:
@@ -143,21 +314,25 @@ def darwin_failure(error: Exception, inputs: Sequence[Spec]) -> Reply:
             "expected_schema": inputs,
             "hint": "GET /schema shows the names and types, and a request that works",
         }
-        return _reply(422, {"detail": detail})
+        return reply(422, {"detail": detail})
     if isinstance(error, Malformed):
         hint = 'send {"features": {"name": value, ...}}; GET /schema shows a request that works'
-        return _reply(422, {"detail": {"message": str(error), "errors": [], "hint": hint}})
+        return reply(422, {"detail": {"message": str(error), "errors": [], "hint": hint}})
     if isinstance(error, Refused):
         hint = "GET /schema shows the names and types" if inputs else "the model has no signature to check the input by"
-        return _reply(400, {"detail": {"message": "The model refused the input", "error": str(error), "hint": hint}})
+        return reply(400, {"detail": {"message": "The model refused the input", "error": str(error), "hint": hint}})
     if isinstance(error, NotReady):
         return not_ready(error)
     if isinstance(error, TooSlow):
-        return _reply(504, {"detail": {"message": "Prediction timed out", "error": str(error)}})
+        return reply(504, {"detail": {"message": "Prediction timed out", "error": str(error)}})
     if isinstance(error, Overloaded):
-        return _busy({"detail": {"message": "The server is overloaded", "error": str(error)}}, error)
+        return busy({"detail": {"message": "The server is overloaded", "error": str(error)}}, error)
+    if isinstance(error, StoreFailed):
+        return reply(error.status, {"detail": {"message": "No features from the feature store", "error": str(error)}})
+    if status := status_of(error):
+        return reply(status, {"detail": {"message": str(error)}})
     hint = "the server's log has the details"
-    return _reply(500, {"detail": {"message": "Prediction failed", "error": _cause(error), "hint": hint}})
+    return reply(500, {"detail": {"message": "Prediction failed", "error": cause(error), "hint": hint}})
 
 
 def _darwin_problem(problem: Any) -> dict[str, Any]:
@@ -174,51 +349,105 @@ def _darwin_problem(problem: Any) -> dict[str, Any]:
 
 def not_ready(error: NotReady) -> Reply:
     """How Darwin's probes and /predict say that they can't serve now."""
-    return _reply(503, {"detail": {"status": "not_ready", "message": str(error)}})
+    return reply(503, {"detail": {"status": "not_ready", "message": str(error)}})
 
 
-def schema(plan: Plan, outputs: Sequence[Spec], example: Rows | None) -> Reply:
+def schema(contract: Contract, example: Rows | None) -> Reply:
     """The answer to `GET /schema`; `example` is where the sample request comes from, if there is one."""
+    plan = contract.plan
     if not plan.inputs:
         detail = {
             "message": "The model has no signature",
             "reasons": ["it was logged without signature= and without input_example="],
             "hint": "log it again with mlflow.models.infer_signature(...) as its signature",
         }
-        return _reply(404, {"detail": detail})
+        return reply(404, {"detail": detail})
     body = {
         "inputs": plan.inputs,
-        "outputs": describe(outputs),
+        "outputs": describe(contract.outputs),
         "sample_request": {"features": plan.sample(example)},
         "json_schema": plan.json_schema(),
     }
-    return _reply(200, body)
+    return reply(200, body)
 
 
 # MLflow
 
 
-def read_invocations(body: bytes, content_type: str | None, plan: Plan, params: ParamPlan) -> Request:
-    """JSON with one of the four shapes, or CSV. Raises `Malformed`, `InputError` or `Unsupported`."""
-    if _media_type(content_type) == CSV:
-        try:
-            return Request(plan.csv(body), {})
-        except UnicodeDecodeError as error:
-            raise Malformed(f"the body is not UTF-8: {error}") from None
-    return _read(body, plan, lambda request: _invocations(request, plan, params))
+def read_invocations(body: bytes, headers: Headers, contract: Contract) -> Request:
+    """JSON with one of the four shapes or with what chat models take, CSV, or Parquet."""
+    plan = contract.plan
+    kind = _media_type(headers.get(b"content-type", b""), (JSON, CSV, PARQUET))
+    if kind == JSON:
+        return read_object(body, plan, lambda request: _invocations(request, headers, contract))
+    rows = _read_csv(body, plan) if kind == CSV else _read_parquet(body, plan)
+    return Request(rows, {}, _writer(headers, write_predictions, contract, ""))
 
 
-def _invocations(request: dict[str, Any], plan: Plan, params: ParamPlan) -> Request:
+def _read_csv(body: bytes, plan: Plan) -> Rows:
+    try:
+        return plan.csv(body)
+    except UnicodeDecodeError as error:
+        raise Malformed(f"the body is not UTF-8: {error}") from None
+
+
+def _read_parquet(body: bytes, plan: Plan) -> Rows:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise Unsupported(
+            f"{PARQUET} needs the library pyarrow, which is not installed: send {JSON} or {CSV}"
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(body))
+        cells = file.metadata.num_rows * file.metadata.num_columns
+        if cells > MOST_CELLS:
+            raise TooLarge(f"the Parquet file has {cells} cells, more than {MOST_CELLS}")
+        table = file.read()
+        if not plan.inputs:
+            return Rows(table.to_pandas(), table.num_rows, doubtful=True)
+        rows = [list(map(_as_json, row.values())) for row in table.to_pylist()]
+    except TooLarge:
+        raise
+    except Exception as error:  # of many kinds, all of them about the body
+        raise Malformed(f"the body is not Parquet: {error}") from None
+    return plan.split(table.column_names, rows)
+
+
+def _as_json(value: Any) -> Any:
+    """`value` as JSON would have said it."""
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, list):
+        return list(map(_as_json, value))
+    return {key: _as_json(part) for key, part in value.items()} if isinstance(value, dict) else plain(value)
+
+
+def _invocations(request: dict[str, Any], headers: Headers, contract: Contract) -> Request:
     shapes = [key for key in SHAPES if key in request]
+    if not shapes and any(key in request for key in CHAT):
+        return _chat(request, contract)
     if len(shapes) != 1:
         given = ", ".join(map(repr, list(request)[:20])) or "nothing"
         raise Malformed(f"the body must have exactly one of {', '.join(SHAPES)} (given: {given})")
-    value = request[shapes[0]]
+    value, plan = request[shapes[0]], contract.plan
     if shapes[0] == "dataframe_split":
         rows = _read_split(value, plan)
     else:
         rows = plan.records(value) if shapes[0] == "dataframe_records" else plan.instances(value)
-    return Request(rows, params.parse(request.get("params")))
+    params, method = how(request.get("params"), contract)
+    return Request(rows, params, _writer(headers, write_predictions, contract, method), method)
+
+
+def _chat(request: dict[str, Any], contract: Contract) -> Request:
+    """The body goes to the model as it is, but for what the signature calls params."""
+    declared = {spec["name"] for spec in contract.params.specs}
+    params = contract.params.parse({key: value for key, value in request.items() if key in declared})
+    given = {key: value for key, value in request.items() if key not in declared}
+    if request.get("stream") is True and not contract.streams:
+        raise Malformed("this model cannot answer piece by piece: leave out stream")
+    rows = Rows(given, 1, doubtful=True, as_sent=True)
+    return Request(rows, params, write_unwrapped, stream=request.get("stream") is True)
 
 
 def _read_split(value: Any, plan: Plan) -> Rows:
@@ -230,25 +459,14 @@ def _read_split(value: Any, plan: Plan) -> Rows:
     return plan.split(value.get("columns"), value["data"], value.get("index"))
 
 
-@functools.lru_cache(maxsize=16)
-def _media_type(content_type: str | None) -> str:
-    if not content_type:
-        return JSON
-    media_type, *parameters = (part.strip() for part in content_type.split(";"))
-    for parameter in filter(None, parameters):
-        key, _, value = parameter.partition("=")
-        if key.strip().lower() != "charset":
-            raise Unsupported(f"Content-Type parameter {key.strip()[:100]!r} is not supported: only charset is")
-        if value.strip(" \"'").lower() not in ("utf-8", "utf8"):
-            raise Unsupported("only UTF-8 is supported")
-    if media_type.lower() not in (JSON, CSV):
-        raise Unsupported(f"Content-Type {media_type[:100]!r} is not supported: send {JSON} or {CSV}")
-    return media_type.lower()
-
-
-def write_predictions(output: Any) -> bytes:
+def write_predictions(output: Any) -> Reply:
     """`{"predictions": ...}`; a Series becomes records, like a DataFrame. Raises `Unwritable`."""
-    return dump({"predictions": output.to_frame() if isinstance(output, pd.Series) else output})
+    return Reply(200, dump({"predictions": output.to_frame() if isinstance(output, pd.Series) else output}))
+
+
+def write_unwrapped(output: Any) -> Reply:
+    """What the model answers, and nothing around it. Raises `Unwritable`."""
+    return Reply(200, dump(output))
 
 
 def mlflow_failure(error: Exception) -> Reply:
@@ -267,88 +485,64 @@ def mlflow_failure(error: Exception) -> Reply:
     if isinstance(error, TooSlow):
         return _mlflow(504, "DEADLINE_EXCEEDED", str(error))
     if isinstance(error, Overloaded):
-        return _busy({"error_code": "RESOURCE_EXHAUSTED", "message": str(error)}, error)
-    return _mlflow(500, "INTERNAL_ERROR", f"Prediction failed: {_cause(error)}")
+        return busy({"error_code": "RESOURCE_EXHAUSTED", "message": str(error)}, error)
+    if status := status_of(error):
+        return _mlflow(status, "BAD_REQUEST", str(error))
+    return _mlflow(500, "INTERNAL_ERROR", f"Prediction failed: {cause(error)}")
 
 
 def _mlflow(status: int, code: str, message: str) -> Reply:
-    return _reply(status, {"error_code": code, "message": message})
+    return reply(status, {"error_code": code, "message": message})
 
 
-# JSON
+# KServe V1
 
 
-def _cause(error: Exception) -> str:
+def read_v1(body: bytes, headers: Headers, contract: Contract) -> Request:
+    """`{"instances": […]}` or `{"inputs": …}`, and perhaps `parameters`."""
+    _media_type(headers.get(b"content-type", b""), (JSON,))
+    return read_object(body, contract.plan, lambda request: _v1(request, headers, contract))
+
+
+def _v1(request: dict[str, Any], headers: Headers, contract: Contract) -> Request:
+    shapes = [key for key in TENSORS if key in request]
+    if len(shapes) != 1:
+        raise Malformed(f"the body must have exactly one of {', '.join(TENSORS)}")
+    rows = contract.plan.instances(request[shapes[0]])
+    params, method = how(request.get("parameters"), contract)
+    return Request(rows, params, _writer(headers, write_predictions, contract, method), method)
+
+
+def kserve_failure(error: Exception) -> Reply:
+    """How KServe's V1 and the Open Inference Protocol word `error`."""
+    if isinstance(error, Overloaded):
+        return busy({"error": str(error)}, error)
+    known = (InputError, Malformed, Refused, NotReady, TooSlow)
+    statuses = {NotReady: 503, TooSlow: 504}
+    if isinstance(error, known):
+        return reply(statuses.get(type(error), 400), {"error": str(error)})
+    if status := status_of(error):
+        return reply(status, {"error": str(error)})
+    return reply(500, {"error": f"Prediction failed: {cause(error)}"})
+
+
+# Replies
+
+
+def status_of(error: Exception) -> int | None:
+    """The status of an error that all protocols have in common."""
+    kinds = {NotFound: 404, NotAcceptable: 406, TooLarge: 413, Unsupported: 415}
+    return kinds.get(type(error))
+
+
+def cause(error: Exception) -> str:
     # Only what the model said: anything else is about this server's inside.
     return str(error) if isinstance(error, (PredictionFailed, Unwritable)) else "internal error"
 
 
-def _reply(status: int, body: Any) -> Reply:
+def reply(status: int, body: Any) -> Reply:
     return Reply(status, dump(body))
 
 
-def _busy(body: Any, error: Overloaded) -> Reply:
-    return Reply(503, dump(body), retry_after=error.retry_after)
-
-
-_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME
-
-
-def dump(value: Any) -> bytes:
-    """`value` as JSON: NaN and infinities as null, digits as Python writes them. Raises `Unwritable`."""
-    try:
-        return orjson.dumps(value, default=_plain, option=_OPTIONS)
-    except TypeError:
-        # Integers of more than 64 bits, lone surrogates, deep nesting: rare, but other servers write them.
-        pass
-    try:
-        return json.dumps(_finite(value), allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Unwritable(f"the model's output cannot be written as JSON: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """A value of numpy, pandas, datetime, pydantic or bytes, as lists, dicts and scalars that JSON has."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind in "mM":
-            return [_plain(part) for part in value] if value.ndim else _plain(value[()])
-        return value.tolist()
-    if isinstance(value, pd.DataFrame):
-        return value.to_dict(orient="records")
-    if isinstance(value, (pd.Series, pd.Index, pd.api.extensions.ExtensionArray)):
-        return list(value)
-    if value is pd.NaT or value is pd.NA:
-        return None
-    if isinstance(value, np.datetime64):
-        return None if np.isnat(value) else str(np.datetime_as_string(value))
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, (pd.Timedelta, datetime.timedelta)):
-        return pd.Timedelta(value).isoformat()
-    if isinstance(value, np.timedelta64):
-        return None if np.isnat(value) else pd.Timedelta(value).isoformat()
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, (bytes, bytearray)):
-        return base64.b64encode(value).decode()
-    if hasattr(value, "model_dump"):
-        return value.model_dump()
-    if hasattr(value, "toarray"):
-        return value.toarray().tolist()
-    if isinstance(value, (bool, int, float, str, list, tuple, dict, type(None))):
-        return value
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else dump(key).decode(): _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    if isinstance(value, float):
-        return float(value) if np.isfinite(value) else None
-    if isinstance(value, (str, int, type(None))):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _finite(dataclasses.asdict(value))
-    return _finite(_plain(value))
+def busy(body: Any, error: Overloaded) -> Reply:
+    return Reply(503, dump(body), headers=(("Retry-After", str(error.retry_after)),))

@@ -7,7 +7,10 @@ Environment (empty means unset):
                           the MLflow server of that URI; MLflow's other variables apply as well
   HOST, PORT              where to listen, 0.0.0.0 and 8000; port 0 is any free one
   ROOT_PATH               the prefix under which a proxy shows this server, such as /models/iris
-  MODEL_NAME              what to call the model in the log
+  MODEL_NAME              what the model is called in URLs, metrics and the log; model
+  PREDICT_METHOD          what the model is asked for, such as predict_proba, unless a request says otherwise
+  FEATURE_STORE_URL, OFS_ADMIN_URL
+                          where features are looked up for requests that name them by key
   REQUEST_TIMEOUT_SECONDS how long a prediction may take, waiting included; by default MLflow's
                           MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT, else 60
   WORKERS                 processes that predict; by default the container's CPU limit, rounded up
@@ -33,6 +36,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -54,6 +58,7 @@ import darwin_workers
 from darwin_cpus import cpu_limit, default_workers, share_cpus
 from darwin_env import Reader
 from darwin_log import Redactor, RoleError, log_settings, run_role
+from darwin_metrics import Board, Meter
 
 if TYPE_CHECKING:
     # At run time they are imported in functions, after the number of threads was set that numpy reads at import.
@@ -68,7 +73,8 @@ LINGER_SECONDS = 1.0
 # What a process needs, beyond answering its last request and draining, to end.
 SPARE_SECONDS = 5.0
 
-# How `supervise` starts a worker that loads by itself: with this, the listener's file descriptor and the channel's.
+# How `supervise` starts a worker that loads by itself: with this, its number, and the file descriptors of the listener,
+# of what is counted, and of the channel.
 WORKER = "--worker"
 
 logger = logging.getLogger("darwin.serve")
@@ -81,6 +87,9 @@ class Settings:
     model_path: Path | None
     model_uri: str
     model_name: str
+    method: str
+    store_url: str
+    store_admin_url: str
     model_config: Mapping[str, Any]
     host: str
     port: int
@@ -105,7 +114,10 @@ class Settings:
         settings = cls(
             model_path=Path(path) if path else None,
             model_uri=uri,
-            model_name=read.text("MODEL_NAME"),
+            model_name=_model_name(read),
+            method=read.text("PREDICT_METHOD"),
+            store_url=read.text("FEATURE_STORE_URL"),
+            store_admin_url=read.text("OFS_ADMIN_URL"),
             model_config=_model_config(read),
             host=read.text("HOST", "0.0.0.0"),  # noqa: S104 - a container is reached from outside
             port=read.integer("PORT", 8000, least=0, most=65535),
@@ -118,6 +130,10 @@ class Settings:
             fast_path=read.choice("FAST_PATH", "auto", ("auto", "off")) == "auto",
             drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
         )
+        urls = {"FEATURE_STORE_URL": settings.store_url, "OFS_ADMIN_URL": settings.store_admin_url}
+        for name, url in urls.items():
+            if any(urls.values()) and not url.startswith(("http://", "https://")):
+                read.problem(name, "must be an http:// or https:// URL, like the other", example="http://features:8000")
         read.finish()
         return settings
 
@@ -135,6 +151,13 @@ def _model_config(read: Reader) -> dict[str, Any]:
         read.problems.append(f"""{name}: must be a JSON object, for example {name}={{"temperature": 0.2}}""")
         return {}
     return config
+
+
+def _model_name(read: Reader) -> str:
+    name = read.text("MODEL_NAME", "model")
+    if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
+        read.problem("MODEL_NAME", "is part of URLs: letters, digits, _, . and - only", example="iris")
+    return name
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -166,7 +189,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at SIGTERM once there is a model; stop at once at SIGINT and at a second signal."""
-        drain = sig == signal.SIGTERM and self.drain_seconds and self.service.loaded and not self.service.draining
+        drain = sig == signal.SIGTERM and self.drain_seconds and self.service.is_loaded and not self.service.draining
         self.service.draining = True
         if drain:
             logger.info("draining: requests are still taken for %g s", self.drain_seconds)
@@ -194,14 +217,23 @@ class Server(uvicorn.Server):
             if all(getattr(connection, "cycle", True) for connection in self.server_state.connections):
                 break
         await super().shutdown(sockets)
+        self.service.access.flush()
+        if self.service.store:
+            self.service.store.close()
 
 
-def make_server(settings: Settings, closed: Callable[[], None] = lambda: None) -> Server:
-    """A server without a model yet, which signals stop from now on. It calls `closed` once it accepts no more."""
+def make_server(settings: Settings, board: Board, number: int = 0, closed: Callable[[], None] = lambda: None) -> Server:
+    """A server without a model yet, which signals stop from now on. It calls `closed` once it accepts no more.
+
+    What it counts is row `number` of `board`.
+    """
     from darwin_app import Service, make_app
     from darwin_batching import Limits
+    from darwin_features import FeatureStore
 
-    service = Service(Limits(settings.batch_rows, settings.queue_rows, settings.request_timeout))
+    limits = Limits(settings.batch_rows, settings.queue_rows, settings.request_timeout)
+    store = FeatureStore(settings.store_url, settings.store_admin_url) if settings.store_url else None
+    service = Service(limits, settings.model_name, store, Meter(board, number))
     config = uvicorn.Config(
         make_app(service, settings.root_path),
         loop="uvloop",
@@ -235,9 +267,11 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
     import darwin_startup
 
     def start() -> None:
-        model = darwin_startup.make_ready(get(), settings.model_name, fast_path=settings.fast_path)
+        loaded, began = get(), time.monotonic()
+        model = darwin_startup.make_ready(loaded, settings.model_name, fast_path=settings.fast_path)
         batching = settings.batching == "on" or (settings.batching == "auto" and model.batchable)
-        server.service.use(model, batching=batching, on_hang=server.give_up)
+        about = darwin_startup.about(model, model.load_seconds + time.monotonic() - began)
+        server.service.use(model, about, batching=batching, on_hang=server.give_up)
         gc.freeze()
         gc.enable()
         darwin_memory.keep_buffers()
@@ -255,12 +289,22 @@ def load(settings: Settings, directory: Path) -> Model:
     """The model, after `fetch`; it is not run yet. Raises `RoleError`."""
     import darwin_startup
 
-    return darwin_startup.load(settings.model_path or directory, settings.model_config)
+    return darwin_startup.load(settings.model_path or directory, settings.model_config, settings.method)
 
 
-def work(settings: Settings, listener: socket.socket, get: Callable[[], Model], ready: Callable[[], None]) -> None:
-    """Serve the model from `get`, calling `ready` once it has answered its own example. Raises `RoleError`."""
-    server = make_server(settings)
+def work(
+    settings: Settings,
+    listener: socket.socket,
+    board: Board,
+    get: Callable[[], Model],
+    number: int,
+    ready: Callable[[], None],
+) -> None:
+    """Be worker `number`: serve the model from `get`, calling `ready` once it has answered its own example.
+
+    Raises `RoleError`.
+    """
+    server = make_server(settings, board, number)
     begin(server, settings, get).result()
     ready()
     run(server, listener)
@@ -268,7 +312,7 @@ def work(settings: Settings, listener: socket.socket, get: Callable[[], Model], 
 
 def serve_alone(settings: Settings, directory: Path) -> None:
     """Load and serve in this very process. Raises `RoleError`."""
-    server = make_server(settings)
+    server = make_server(settings, Board(1))
     with listening(settings) as listener:
 
         def get() -> Model:
@@ -291,15 +335,17 @@ def serve_together(settings: Settings, directory: Path) -> None:
     # What all need is imported once; and what it starts is there before there is a model to blame for it.
     import darwin_app  # noqa: F401
 
+    board = Board(settings.workers + 1)
     with darwin_workers.signals() as arriving, listening(settings) as listener:
         job = darwin_workers.Job(
             listener=listener,
-            wait=lambda closed: run(make_server(settings, closed), listener),
+            wait=lambda closed: run(make_server(settings, board, closed=closed), listener),
             fetch=lambda: fetch(settings, directory),
             load=lambda: load(settings, directory),
-            work=lambda model, ready: work(settings, listener, lambda: model, ready),
+            work=lambda model, number, ready: work(settings, listener, board, lambda: model, number, ready),
             command=[sys.executable, str(Path(__file__).resolve()), WORKER],
             environ={**os.environ, "MODEL_LOCAL_PATH": str(settings.model_path or directory)},
+            files=[listener.fileno(), board.file],
             stop_seconds=settings.drain_seconds + settings.request_timeout + SPARE_SECONDS,
         )
         darwin_workers.supervise(settings.workers, job, arriving)
@@ -318,9 +364,12 @@ def serve(read: Reader, redact: Redactor) -> None:
 def serve_as_worker(read: Reader, _: Redactor) -> None:
     """Be a worker that loads by itself, on behalf of `serve_together` in another process."""
     settings = Settings.from_env(read)
-    listener, channel = (socket.socket(fileno=int(number)) for number in sys.argv[2:])
+    number, listening_on, counts, told_through = map(int, sys.argv[2:])
+    listener, channel = socket.socket(fileno=listening_on), socket.socket(fileno=told_through)
     listener.set_inheritable(False)
-    sys.exit(darwin_workers.attend(channel, partial(work, settings, listener, lambda: load(settings, Path()))))
+    board = Board(settings.workers + 1, counts)
+    body = partial(work, settings, listener, board, lambda: load(settings, Path()), number)
+    sys.exit(darwin_workers.attend(channel, body))
 
 
 @contextlib.contextmanager

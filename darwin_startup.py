@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +16,80 @@ import darwin_model
 import darwin_output
 import darwin_protocols as protocols
 from darwin_cells import InputError
-from darwin_log import RoleError
+from darwin_json import Unwritable
+from darwin_log import RoleError, mask_uri
 from darwin_model import Model, PredictionFailed, Refused
-from darwin_protocols import Malformed, Unwritable
+from darwin_plan import Rows
+from darwin_protocols import Malformed
 
 logger = logging.getLogger("darwin.serve")
 
 
-def example_rows(model: Model) -> Any:
+def example_rows(model: Model) -> Rows | None:
     """The model's own input example, if it has one and our parsers take it."""
     if model.example is None:
         return None
     try:
-        return protocols.read_invocations(model.example, protocols.JSON, model.plan, model.params).rows
+        rows = protocols.read_invocations(model.example, {}, model.contract("")).rows
     except (Malformed, InputError):
         return None
+    return None if rows.as_sent else rows
+
+
+@dataclass(frozen=True)
+class About:
+    """What a person wants to know of a model: where it came from and what it is made of. Empty: not known.
+
+    `files` are names and sizes in bytes; `load_seconds` is how long it took to be ready; `chat` is a body to begin
+    with, if the model takes them as they are.
+    """
+
+    uri: str = ""
+    registered_name: str = ""
+    version: str = ""
+    run_id: str = ""
+    logged_at: str = ""
+    mlflow_version: str = ""
+    flavors: tuple[str, ...] = ()
+    predicts: str = ""
+    size: str = ""
+    files: Sequence[tuple[str, int]] = ()
+    load_seconds: float | None = None
+    chat: Any = None
+
+
+def about(model: Model, load_seconds: float | None = None) -> About:
+    manifest, metadata = _manifest(model.directory), model.pyfunc.metadata
+    resolved = manifest.resolved if manifest else {}
+    files = [(path.relative_to(model.directory).as_posix(), path.stat().st_size) for path in _files(model.directory)]
+    size = f"{sum(size for _, size in files):,} bytes in {len(files)} files"
+    return About(
+        uri=mask_uri(manifest.model_uri) if manifest else "",
+        registered_name=resolved.get("name", ""),
+        version=resolved.get("version", ""),
+        run_id=metadata.run_id or "",
+        logged_at=str(metadata.utc_time_created or ""),
+        mlflow_version=str(metadata.mlflow_version or ""),
+        flavors=model.flavors,
+        predicts=model.path.description,
+        size=size,
+        files=files[:200],
+        load_seconds=load_seconds,
+        chat=_chat(model),
+    )
+
+
+def _chat(model: Model) -> Any:
+    """The model's own example, or one made up, if it is sent as it is."""
+    example = json.loads(model.example) if model.example else None
+    if isinstance(example, dict) and not example.keys() & set(protocols.SHAPES):
+        return example
+    streams = model.contract("").streams
+    return {"messages": [{"role": "user", "content": "Hello"}]} if streams and not model.plan.inputs else None
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 def self_test(model: Model) -> str:
@@ -35,7 +97,7 @@ def self_test(model: Model) -> str:
     if model.example is None:
         return "it has no input example to test it with"
     try:
-        request = protocols.read_invocations(model.example, protocols.JSON, model.plan, model.params)
+        request = protocols.read_invocations(model.example, {}, model.contract(""))
     except (Malformed, InputError) as error:
         logger.warning("the model's input example cannot be sent as a request: %s", error)
         request = None
@@ -71,19 +133,20 @@ def check_whole(directory: Path) -> None:
         raise RoleError(f"the model is damaged: {'; '.join(damage)}. Run download.py again, which replaces it")
 
 
-def load(path: Path, model_config: Mapping[str, Any] | None = None) -> Model:
-    """Find, check and load the model at `path`; it is not run. Raises `RoleError`."""
+def load(path: Path, model_config: Mapping[str, Any] | None = None, method: str = "") -> Model:
+    """Find, check and load the model at `path`, to be asked for `method`; it is not run. Raises `RoleError`."""
     found = darwin_model.find_model(path)
     check_whole(found)
     logger.info("loading the model in %s", found)
+    began = time.monotonic()
     try:
-        model = darwin_model.load(found, model_config)
+        model = darwin_model.load(found, model_config, method)
     except RoleError as error:
         if altered := _altered(found):
             raise RoleError(f"{error}. {'; '.join(altered)}: delete {found} and run download.py again") from error
         raise
     darwin_memory.give_back()
-    return model
+    return replace(model, load_seconds=time.monotonic() - began)
 
 
 def make_ready(model: Model, name: str, *, fast_path: bool) -> Model:

@@ -104,19 +104,20 @@ class Job(Generic[T]):
     """What the processes do.
 
     `wait` serves `listener` while nothing is loaded, until SIGTERM; once it accepts no more, it calls its argument.
-    `fetch`, then `load` are run once. `work` has what was loaded and proves it, calls its second argument, and serves
-    until SIGTERM. `command` is what to run in `environ` for a worker that loads what was fetched and does the same; the
-    file descriptors of `listener` and of the channel for `attend` are appended to it. Workers that have not ended in
-    `stop_seconds` when asked to are killed.
+    `fetch`, then `load` are run once. `work` has what was loaded and proves it, calls its last argument, and serves
+    until SIGTERM; its second is the worker's number, from 1 on. `command` is what to run in `environ` for a worker that
+    loads what was fetched and does the same; its number, `files`, which it inherits, and the file descriptor of the
+    channel for `attend` are appended to it. Workers that have not ended in `stop_seconds` when asked to are killed.
     """
 
     listener: socket.socket
     wait: Body
     fetch: Callable[[], None]
     load: Callable[[], T]
-    work: Callable[[T, Callable[[], None]], None]
+    work: Callable[[T, int, Callable[[], None]], None]
     command: Sequence[str]
     environ: Mapping[str, str]
+    files: Sequence[int]
     stop_seconds: float
 
 
@@ -207,7 +208,7 @@ class _Supervisor(Generic[T]):
         self._job = job
         self._posts = [_Post(number) for number in range(1, count + 1)]
         self._waiting_room: _Worker | None = None
-        self._start: Callable[[str], _Worker] | None = None  # how to, once it is known
+        self._start: Callable[[int], _Worker] | None = None  # how to, by its number, once it is known
         self._sharing = True
         self._dropped = False
         self._proven = False
@@ -289,7 +290,7 @@ class _Supervisor(Generic[T]):
         threading.Thread(target=load, name="loading", daemon=True).start()
 
     def _share(self, resource: T, held_before: set[str]) -> None:
-        self._start = partial(self._copy, partial(self._job.work, resource))
+        self._start = partial(self._copy, resource)
         if held := _held_since(held_before):
             self._share_no_more(f"what was loaded holds what processes cannot share ({', '.join(held[:9])})")
             return
@@ -318,14 +319,13 @@ class _Supervisor(Generic[T]):
     def _fill_posts(self) -> None:
         for post in self._open_posts():
             if self._start and post.due <= time.monotonic():
-                name = f"worker {post.number}"
                 try:
-                    post.worker = self._start(name)
+                    post.worker = self._start(post.number)
                 except OSError as error:  # out of memory, or of processes
-                    self._try_again(post, f"{name} cannot be started: {error}")
+                    self._try_again(post, f"{_name(post.number)} cannot be started: {error}")
 
-    def _copy(self, body: Body, name: str) -> _Worker:
-        worker = self._fork(body, name)
+    def _copy(self, resource: T, number: int) -> _Worker:
+        worker = self._fork(partial(self._job.work, resource, number), _name(number))
         worker.kill_at = time.monotonic() + PROOF_SECONDS
         return worker
 
@@ -359,15 +359,15 @@ class _Supervisor(Generic[T]):
         finally:
             os._exit(code)  # all else that is to be done at the end is the supervisor's
 
-    def _spawn(self, name: str) -> _Worker:
+    def _spawn(self, number: int) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            files = (self._job.listener.fileno(), theirs.fileno())
-            command = [*self._job.command, *map(str, files)]
+            files = (*self._job.files, theirs.fileno())
+            command = [*self._job.command, *map(str, (number, *files))]
             process = subprocess.Popen(  # noqa: S603 - the role's own command
                 command, env=self._job.environ, pass_fds=files, start_new_session=True
             )
-        return self._introduce(_Worker(name, process, ours))
+        return self._introduce(_Worker(_name(number), process, ours))
 
     def _introduce(self, worker: _Worker) -> _Worker:
         worker.channel.setblocking(False)
@@ -462,6 +462,10 @@ class _Supervisor(Generic[T]):
         pause = min(FIRST_PAUSE_SECONDS * 2 ** (post.failures - 1), LONGEST_PAUSE_SECONDS)
         post.due = time.monotonic() + pause
         logger.error("%s; starting another in %g s", why, pause)
+
+
+def _name(number: int) -> str:
+    return f"worker {number}"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,5 +46,6 @@ def ensure(models: Sequence[str]) -> None:
             continue
         sys.stderr.write(f"making the model {model}\n")
         MODELS.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(MODELS / model, ignore_errors=True)  # MLflow overwrites nothing
         subprocess.run([envs.python(envs.OURS), "-m", "bench.models", MODELS, model], cwd=ROOT, check=True)
         stamp.write_text(made_from.hexdigest())

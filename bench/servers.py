@@ -105,6 +105,7 @@ def _start_mlserver(_: Target) -> Sequence[str]:
 
 
 OURS = "ours"
+QUIET = "ours-quiet"
 ECHO = "echo"
 
 SERVERS = {
@@ -115,11 +116,21 @@ SERVERS = {
             *("mlflow-skinny", "starlette", "uvicorn", "uvloop", "httptools", "orjson"),
             *("scikit-learn", "lightgbm", "xgboost-cpu", "numpy", "pandas"),
         ),
-        "`WORKERS=1`, otherwise as it comes",
+        "`WORKERS=1`, otherwise as it comes: with an access log and metrics",
         lambda _: (str(ROOT / "darwin_serve.py"),),
         "/ready",
         {"json": wire.MLFLOW_JSON, "csv": wire.MLFLOW_CSV},
         _ours,
+    ),
+    QUIET: Server(
+        "Darwin Serve Runtime, no access log",
+        "ours",
+        ("mlflow-skinny",),
+        "the same with `LOG_LEVEL=warning`",
+        lambda _: (str(ROOT / "darwin_serve.py"),),
+        "/ready",
+        {"json": wire.MLFLOW_JSON},
+        lambda target: {**_ours(target), "LOG_LEVEL": "warning"},
     ),
     "mlflow": Server(
         "MLflow",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import requests
@@ -45,6 +46,27 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.fixture(scope="module")
+def serving_environment() -> Iterator[None]:
+    """Whatever loading a model sets for good is set now, and unset again: another test may want MLflow's defaults."""
+    import darwin_mlflow
+    import darwin_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (darwin_mlflow.DEFAULTS | darwin_model.SERVING).items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ours(serving_environment: None) -> Iterator[Callable[[str], str]]:
+    """The URL of our application in this process, now answering with the model that it is called with."""
+    from tests.servers import switching
+
+    with switching() as switch:
+        yield switch
+
+
 @dataclass
 class Finished:
     """A role that ran to its end."""
@@ -69,6 +91,18 @@ def run_role(script: str, /, **settings: object) -> Finished:
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def absent(reason: str) -> NoReturn:
+    """Skip the test for want of what `reason` names; where all tests have to run, fail it."""
+    if os.environ.get("REQUIRE_ALL"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def program(name: str, package: str) -> str:
+    """The path of a program of the system's, which Debian has in `package`."""
+    return shutil.which(name) or absent(f"{name} is not installed (Debian's package {package})")
 
 
 def wait_until(condition: Callable[[], object], what: str, deadline: float = 60) -> None:

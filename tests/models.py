@@ -160,6 +160,41 @@ class SlowToLoad:
         return [context.model_config["leave"]]
 
 
+class Chatting:
+    """Answers with what it was sent; piece by piece, a word at a time, and stops where its input says."""
+
+    def predict(self, context, model_input, params=None):
+        return {"given": model_input, "params": params}
+
+    def predict_stream(self, context, model_input, params=None):
+        left = Path(model_input["left"]) if "left" in model_input else None
+        try:
+            for number, word in enumerate(model_input["prompt"].split()):
+                if word == "raise":
+                    raise RuntimeError("out of words")
+                yield {"word": word, "number": number}
+            while left:
+                yield {"word": "more " * 10_000}
+                time.sleep(0.001)
+        finally:
+            if left:
+                left.touch()
+
+
+def _completion(path: Path) -> None:
+    from mlflow.types.llm import ChatCompletionResponse
+
+    class Agent(mlflow.pyfunc.ChatModel):
+        def predict(self, context: Any, messages: Any, params: Any = None) -> ChatCompletionResponse:
+            text = f"{messages[-1].content} at {params.temperature}"
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            return ChatCompletionResponse.from_dict({"choices": [choice], "model": "echo", "created": 1})
+
+    mlflow.pyfunc.save_model(path, python_model=Agent(), **REQUIREMENTS)
+
+
+IRIS = {"sepal length (cm)": 6.1, "sepal width (cm)": 2.8, "petal length (cm)": 4.7, "petal width (cm)": 1.2}
+
 TYPED_COLUMNS = [
     ColSpec("boolean", "flag"),
     ColSpec("integer", "small"),
@@ -289,6 +324,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "hinted": _python(Hinted, None, input_example=[{"a": 1, "b": 2}]),
     "waiting": _python(Waiting, [ColSpec("string", "entered"), ColSpec("string", "leave")]),
     "broken": lambda path: _broken(path),
+    "chatting": _python(Chatting, None, streamable=True),
+    "completion": lambda path: _completion(path),
     "slow_to_load": _python(SlowToLoad, [ColSpec("double", "x")], model_config={"entered": "", "leave": ""}),
 }
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from typing import Any
 import requests
 import uvicorn
 
+import darwin_model
+from darwin_app import Service, make_app
+from darwin_batching import Limits
 from tests.conftest import ROOT, clean_environ, wait_until
+from tests.models import model_path
 
 _LISTENING = re.compile(r'listening on (http://[^\s"]+)')
 
@@ -92,6 +96,22 @@ def serving(path: Path | None = None, *, wait: bool = True, code: int = 0, **env
             process.wait()
         reader.join(timeout=60)
         process.stderr.close()
+
+
+@contextlib.contextmanager
+def switching(limits: Limits | None = None, **options: Any) -> Iterator[Callable[[str], str]]:
+    """Our application in this process: call what is yielded with the model it is to answer with, for its URL."""
+    service = Service(limits or Limits(), **options)
+    models: dict[str, darwin_model.Model] = {}
+    with in_thread(make_app(service)) as url:
+
+        def switch(kind: str) -> str:
+            if kind not in models:
+                models[kind] = darwin_model.load(model_path(kind))
+            service.use(models[kind])
+            return url
+
+        yield switch
 
 
 @contextlib.contextmanager

@@ -14,11 +14,13 @@ import pytest
 from darwin_batching import (
     MAX_QUEUE_BYTES,
     SUSPECT_SECONDS,
+    Answered,
     Batcher,
     Gone,
     InferenceThread,
     Limits,
     Overloaded,
+    Request,
     TooSlow,
     split,
 )
@@ -40,7 +42,7 @@ class Doubler:
         self.gates: dict[int, threading.Event] = {}
         self.entered = threading.Semaphore(0)
 
-    def __call__(self, given: Rows, params: Mapping[str, Any]) -> Any:
+    def __call__(self, given: Rows, params: Mapping[str, Any], method: str) -> Any:
         values = given.for_model()["a"].tolist()
         self.calls.append((values, dict(params)))
         self.entered.release()
@@ -67,6 +69,10 @@ def write(output: Any) -> bytes:
     return repr(np.asarray(output).tolist()).encode()
 
 
+async def reply(answered: Coroutine[Any, Any, Answered]) -> Any:
+    return (await answered).reply
+
+
 class Bench:
     """A batcher in front of a `Doubler`."""
 
@@ -79,7 +85,7 @@ class Bench:
         self.hung += 1
 
     def ask(self, *values: float, gone: Callable[..., Any] = still_there, size: int = 10, **params: Any) -> Any:
-        return asyncio.ensure_future(self.batcher.predict(rows(*values), params, write, size, gone))
+        return asyncio.ensure_future(reply(self.batcher.predict(Request(rows(*values), params, write), size, gone)))
 
     async def occupied(self) -> tuple[Any, threading.Event]:
         """The model is busy with a first request until the event is set."""
@@ -178,7 +184,7 @@ def test_an_answer_that_can_not_be_written_fails_alone() -> None:
 
     async def test() -> None:
         bench = Bench()
-        asked = [bench.batcher.predict(rows(i), {}, picky, 1, still_there) for i in (0, 1, 2)]
+        asked = [reply(bench.batcher.predict(Request(rows(i), {}, picky), 1, still_there)) for i in (0, 1, 2)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [answers[0], answers[2]] == [b"[0.0]", b"[4.0]"]
         assert isinstance(answers[1], AssertionError)
@@ -190,12 +196,12 @@ def test_an_answer_that_can_not_be_written_fails_alone() -> None:
 def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         thread, limits = InferenceThread(), Limits()
-        batcher = Batcher(lambda given, _: [given.count], thread, limits, batching=True, on_hang=lambda: None)
-        asked = [batcher.predict(rows(*range(n)), {}, write, 1, still_there) for n in (1, 2, 3)]
+        batcher = Batcher(lambda given, *_: [given.count], thread, limits, batching=True, on_hang=lambda: None)
+        asked = [reply(batcher.predict(Request(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2, 3)]
         assert await asyncio.gather(*asked) == [b"[1]", b"[2]", b"[3]"]
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         # Once that is known, it isn't tried again.
-        again = [batcher.predict(rows(*range(n)), {}, write, 1, still_there) for n in (1, 2)]
+        again = [reply(batcher.predict(Request(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2)]
         assert list(await asyncio.gather(*again)) == [b"[1]", b"[2]"]
         assert len(caplog.records) == 1
 
@@ -240,13 +246,13 @@ def test_what_takes_long_to_parse_waits_its_turn_unparsed() -> None:
         parsed: list[float] = []
 
         def ask(value: float) -> Any:
-            def parse() -> tuple[Rows, dict[str, Any]]:
+            def parse() -> Request:
                 parsed.append(value)
                 if value < 0:
                     raise InputError([])
-                return rows(value, value), {}
+                return Request(rows(value, value), {}, write)
 
-            return asyncio.ensure_future(bench.batcher.parse_and_predict(parse, write, 10, still_there))
+            return asyncio.ensure_future(reply(bench.batcher.parse_and_predict(parse, 10, still_there)))
 
         large, bad = ask(1), ask(-1)
         await asyncio.sleep(0)
@@ -360,3 +366,23 @@ def test_split(output: Any, parts: list[Any]) -> None:
 @pytest.mark.parametrize("output", [np.array([1, 2]), "abc", {"a": 1, "b": 2, "c": 3}, np.float64(3), None, 3])
 def test_split_of_what_has_not_a_row_for_each(output: Any) -> None:
     assert split(output, [1, 2]) is None
+
+
+def test_an_output_that_can_not_be_split_is_asked_for_one_by_one() -> None:
+    def predict(given: Rows, *_: Any) -> Any:
+        return np.array(given.count)  # which has no length
+
+    async def test() -> None:
+        batcher = Batcher(predict, InferenceThread(), Limits(), batching=True, on_hang=lambda: None)
+        for _ in range(2):
+            asked = [reply(batcher.predict(Request(rows(i), {}, write), 1, still_there)) for i in (1, 2)]
+            assert list(await asyncio.gather(*asked)) == [b"1", b"1"]
+
+    run(test)
+
+
+def test_the_inference_thread_survives_what_it_runs(caplog: pytest.LogCaptureFixture) -> None:
+    thread = InferenceThread()
+    thread.run(lambda: 1 / 0)  # type: ignore[arg-type]
+    assert thread.submit(lambda: 1).result(60) == 1
+    assert "a job on the inference thread failed" in caplog.text

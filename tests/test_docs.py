@@ -123,6 +123,7 @@ def test_make_says_what_can_be_made() -> None:
     assert re.findall(r"^make (\w+)", said, re.MULTILINE) == [
         "help",
         "setup",
+        "clients",
         "run",
         "test",
         "lint",

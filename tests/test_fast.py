@@ -103,7 +103,7 @@ def loaded(model: Any, features: Any = TABLE, flavor: str = "sklearn", **options
 def proven(model: Model, *, fast: bool = True) -> Model:
     example = None
     if model.example is not None:
-        example = protocols.read_invocations(model.example, protocols.JSON, model.plan, model.params).rows
+        example = protocols.read_invocations(model.example, {}, model.contract("")).rows
     return model.proven(example, fast=fast, budget=60)
 
 

@@ -820,3 +820,12 @@ def test_some_rows_stay_alone() -> None:
     ]
     assert [rows.kind for rows in alone] == [None] * len(alone)
     assert named.instances({"x": [1, 2], "y": [1, 2]}).kind is not None
+
+
+def test_no_more_problems_are_looked_for_than_anybody_reads() -> None:
+    plan = plan_of([{"type": "double", "name": name} for name in "abcd"])
+    rows: list[Any] = [{}]
+    for row in (rows, [{"a": "x"}]):
+        with pytest.raises(InputError) as caught:
+            plan.records(row * 100_000)
+        assert caught.value.total == 10_000

@@ -12,22 +12,25 @@ import pandas as pd
 import pytest
 
 import darwin_protocols as protocols
-from darwin_batching import TooSlow
+from darwin_batching import Request, TooSlow
 from darwin_cells import InputError, ParamsError
+from darwin_json import Unwritable, dump
 from darwin_model import PredictionFailed, Refused
-from darwin_plan import ParamPlan, plan_of
-from darwin_protocols import Malformed, NotReady, Unsupported, Unwritable
+from darwin_plan import Contract, ParamPlan, plan_of
+from darwin_protocols import Malformed, NotReady, Unsupported
 
 PLAN = plan_of([{"type": "long", "name": "a"}])
 PARAMS = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
+CONTRACT = Contract(PLAN, PARAMS)
 
 
-def predict(body: bytes) -> protocols.Request:
-    return protocols.read_predict(body, None, PLAN, PARAMS)
+def predict(body: bytes) -> Request:
+    return protocols.read_predict(body, {}, CONTRACT)
 
 
-def invoke(body: bytes, content_type: str | None = "application/json") -> protocols.Request:
-    return protocols.read_invocations(body, content_type, PLAN, PARAMS)
+def invoke(body: bytes, content_type: str | None = "application/json") -> Request:
+    headers = {} if content_type is None else {b"content-type": content_type.encode()}
+    return protocols.read_invocations(body, headers, CONTRACT)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +159,8 @@ def test_csv_must_be_utf8() -> None:
     ],
 )
 def test_answers(output: Any, predictions: Any, scores: Any) -> None:
-    assert json.loads(protocols.write_predictions(output)) == {"predictions": predictions}
-    assert json.loads(protocols.write_scores(output)) == {"scores": scores}
+    assert json.loads(protocols.write_predictions(output).body) == {"predictions": predictions}
+    assert json.loads(protocols.write_scores(output).body) == {"scores": scores}
 
 
 @pytest.mark.parametrize("output", [object(), [object()], {"a": 1j}, {"deep": {1, 2}}])
@@ -220,20 +223,20 @@ def test_darwin_mismatch_in_full() -> None:
 
 
 def test_unsupported_media_types_are_answered_in_plain_text() -> None:
-    assert protocols.mlflow_failure(Unsupported("no")) == protocols.Reply(415, b"no", "text/plain")
+    assert protocols.mlflow_failure(Unsupported("no")) == protocols.Reply(415, b"no", "text/plain; charset=utf-8")
 
 
 def test_integers_beyond_64_bits_are_exact() -> None:
     body = b'{"dataframe_records": [{"a": 18446744073709551617, "b": "99999999999999999999"}]}'
-    rows = protocols.read_invocations(body, None, plan_of(None), PARAMS).rows
+    rows = protocols.read_invocations(body, {}, Contract(plan_of(None), PARAMS)).rows
     assert rows.for_model()["a"].tolist() == [2**64 + 1]
     with pytest.raises(InputError):
-        protocols.read_invocations(body, None, plan_of([{"type": "double", "name": "a"}]), PARAMS)
+        protocols.read_invocations(body, {}, Contract(plan_of([{"type": "double", "name": "a"}]), PARAMS))
 
 
 @pytest.mark.parametrize("value", [2**64 + 1, -(2**63) - 1, [2**64 + 1], [0.5, -(2**64) - 1], 10**30 + 1])
 def test_integers_beyond_64_bits_are_exact_wherever_they_are(value: Any) -> None:
-    rows = protocols.read_invocations(protocols.dump({"inputs": {"a": [value]}}), None, plan_of(None), PARAMS).rows
+    rows = protocols.read_invocations(dump({"inputs": {"a": [value]}}), {}, Contract(plan_of(None), PARAMS)).rows
     assert rows.value["a"].tolist() == [value]
 
 
@@ -246,8 +249,8 @@ def test_an_integer_too_long_for_python_is_malformed(body: bytes) -> None:
 def test_keys_are_written_alike_with_and_without_huge_numbers() -> None:
     value = {None: 1, True: 2, 3: 4}
     told = {"null": 1, "true": 2, "3": 4}
-    assert json.loads(protocols.dump(value)) == told
-    assert json.loads(protocols.dump({**value, "big": 2**70})) == {**told, "big": 2**70}
+    assert json.loads(dump(value)) == told
+    assert json.loads(dump({**value, "big": 2**70})) == {**told, "big": 2**70}
 
 
 def test_a_dataclass_is_a_score() -> None:
@@ -255,7 +258,7 @@ def test_a_dataclass_is_a_score() -> None:
     class Answer:
         score: float
 
-    assert protocols.write_scores(Answer(1.5)) == protocols.dump({"scores": [{"score": 1.5}]})
+    assert protocols.write_scores(Answer(1.5)).body == dump({"scores": [{"score": 1.5}]})
 
 
 def test_deep_nesting_beside_a_long_integer() -> None:
@@ -270,14 +273,14 @@ def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
     plan = plan_of([{"type": "double", "name": "a"}])
     params = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
 
-    def read(rows: int) -> protocols.Request:
+    def read(rows: int) -> Request:
         cell = value if place == "cell" else "1.5"
         extra = f', "b": {value}' if place == "extra" else ""
         records = ", ".join([f'{{"a": 0.5{extra}}}'] * rows + [f'{{"a": {cell}}}'])
         param = f', "params": {{"p": {value}}}' if place == "param" else ""
         body = f'{{"dataframe_records": [{records}]{param}}}'.encode()
         assert (len(body) > 16 * 1024) == (rows > 1)
-        return protocols.read_invocations(body, None, plan, params)
+        return protocols.read_invocations(body, {}, Contract(plan, params))
 
     for rows in (1, 2000):
         if place == "extra":

@@ -22,43 +22,18 @@ import numpy as np
 import pytest
 import requests
 
-import darwin_mlflow
 import darwin_model
 from darwin_app import Service, make_app
 from darwin_batching import Limits
+from darwin_cells import ENOUGH_PROBLEMS
 from darwin_env import ConfigError, Reader
 from darwin_serve import Settings
 from darwin_startup import example_rows, self_test
 from tests.conftest import ROOT, Finished, clean_environ, run_role, wait_until
-from tests.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path, scoring_app
+from tests.models import IRIS, NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path, scoring_app
 from tests.servers import Served, in_thread, serving
 
-IRIS = {"sepal length (cm)": 6.1, "sepal width (cm)": 2.8, "petal length (cm)": 4.7, "petal width (cm)": 1.2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment() -> Iterator[None]:
-    # load() sets these for good; another test may want MLflow's defaults.
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (darwin_mlflow.DEFAULTS | darwin_model.SERVING).items():
-            patch.setenv(name, value)
-        yield
-
-
-@pytest.fixture(scope="module")
-def ours() -> Iterator[Callable[[str], str]]:
-    """The URL of our application in this process, now answering with the model asked for."""
-    service = Service(Limits())
-    models: dict[str, darwin_model.Model] = {}
-    with in_thread(make_app(service)) as url:
-
-        def switch(kind: str) -> str:
-            if kind not in models:
-                models[kind] = darwin_model.load(model_path(kind))
-            service.use(models[kind])
-            return url
-
-        yield switch
+pytestmark = pytest.mark.usefixtures("serving_environment")
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +402,10 @@ def test_large_bodies_are_parsed_like_small_ones(ours: Callable[[str], str]) -> 
     rows = 20_000
     answer = post(ours("iris") + "/predict", {"features": [IRIS] * rows})
     assert answer.json() == {"scores": [1] * rows}
-    assert post(ours("iris") + "/predict", {"features": [{}] * rows}).json()["detail"]["error_count"] == 4 * rows
+    refused = post(ours("iris") + "/predict", {"features": [{}] * (rows // 10)}).json()
+    assert refused["detail"]["error_count"] == 4 * rows // 10
+    refused = post(ours("iris") + "/predict", {"features": [{}] * rows}).json()
+    assert refused["detail"]["error_count"] == ENOUGH_PROBLEMS
 
 
 @pytest.mark.parametrize(("verb", "path"), [("GET", "/predict"), ("PUT", "/invocations"), ("POST", "/ready")])
@@ -738,7 +716,7 @@ def test_a_model_that_fails_its_own_example_ends_the_process() -> None:
 
 def test_an_example_that_cannot_be_sent_is_tried_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     odd = Path(shutil.copytree(model_path("iris"), tmp_path / "m"))
-    (odd / "serving_input_example.json").write_text('{"messages": []}')
+    (odd / "serving_input_example.json").write_text('{"rows": []}')
     model = darwin_model.load(odd)
     assert self_test(model) == "it answered its own input example"
     assert "cannot be sent as a request" in caplog.text

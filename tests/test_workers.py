@@ -73,7 +73,7 @@ def load():
     lock.acquire()
     return lock, connection
 
-def work(loaded, ready):
+def work(loaded, number, ready):
     if kind == "hangs in a fork":
         loaded[0].acquire()
     if kind == "fails in a fork":
@@ -95,14 +95,16 @@ def work(loaded, ready):
     answer(listener, "worker")
 
 if len(sys.argv) > 4:
-    listener, channel = (socket.socket(fileno=int(number)) for number in sys.argv[4:])
-    sys.exit(darwin_workers.attend(channel, lambda ready: work(load(), ready)))
+    number = int(sys.argv[4])
+    listener, channel = (socket.socket(fileno=int(number)) for number in sys.argv[5:])
+    sys.exit(darwin_workers.attend(channel, lambda ready: work(load(), number, ready)))
 with darwin_workers.signals() as arriving:
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
     darwin_workers.supervise(2, darwin_workers.Job(
         listener=listener, wait=lambda _: answer(listener, "waiting"), fetch=lambda: None, load=load, work=work,
-        command=[sys.executable, *sys.argv], environ=os.environ, stop_seconds=30 if kind != "does not end" else 0.5,
+        command=[sys.executable, *sys.argv], environ=os.environ, files=[listener.fileno()],
+        stop_seconds=30 if kind != "does not end" else 0.5,
     ), arriving)
 """
 
