@@ -455,33 +455,33 @@ def _log(ask: Ask, error: Exception) -> None:
         logger.error("%s failed: %s, id=%s", path, error, request_id, exc_info=error)
 
 
-def _head(media_type: str, headers: tuple[tuple[str, str], ...], trace: Trace) -> list[tuple[bytes, bytes]]:
+def _head(
+    media_type: str, headers: tuple[tuple[str, str], ...], trace: Trace, *, closing: bool
+) -> list[tuple[bytes, bytes]]:
+    """An answer's headers. If `closing`, the client is to open its next connection, to a server that stays."""
     head = [(b"content-type", media_type.encode()), (b"x-request-id", trace.request_id.encode())]
     if trace.parent:
         head.append((b"traceparent", trace.parent.encode()))
+    if closing:
+        head.append((b"connection", b"close"))
     head += [(name.lower().encode(), value.encode()) for name, value in headers]
     return head
 
 
 async def _send(send: Send, ask: Ask, reply: Reply | Flow, *, closing: bool) -> None:
-    """If `closing`, the client is to open its next connection, to a server that stays."""
     if isinstance(reply, Flow):
         await _pour(send, ask, reply, closing=closing)
         return
     status, body, media_type, headers = reply
-    head = _head(media_type, headers, ask.trace)
+    head = _head(media_type, headers, ask.trace, closing=closing)
     head.append((b"content-length", b"%d" % len(body)))
-    if closing:
-        head.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _pour(send: Send, ask: Ask, flow: Flow, *, closing: bool) -> None:
     """Send the pieces of `flow` as they come, until the client leaves or does not read for too long."""
-    head = [*_head(flow.media_type, (), ask.trace), (b"cache-control", b"no-store")]
-    if closing:
-        head.append((b"connection", b"close"))
+    head = [*_head(flow.media_type, (), ask.trace, closing=closing), (b"cache-control", b"no-store")]
     await send({"type": "http.response.start", "status": flow.status, "headers": head})
     left = asyncio.ensure_future(ask.receive())
     pieces = aiter(flow.pieces)
