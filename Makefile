@@ -9,7 +9,7 @@ CLIENTS := build/clients/ready
 STORE := $(CURDIR)/.run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients run test lint bench lock clean
+.PHONY: help setup clients run test soak lint bench lock clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
@@ -43,6 +43,10 @@ test: $(READY) $(CLIENTS)  ## Run all tests, with the coverage floor; ARGS="-k c
 	$(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report $(if $(ARGS),--fail-under=0)
+
+soak: $(READY)  ## Run the cache's simulation for a million steps, STEPS and SEED say otherwise
+	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1) --no-locks
 
 lint: $(READY)  ## Check style, format and types
 	$(BIN)/ruff check .

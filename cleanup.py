@@ -1,11 +1,14 @@
 """CronJob: keep the shared model cache within its age and size, never touching a model that a pod uses.
 
-Settings (environment variables): CACHE_PATH, NAMESPACE, TTL_DAYS, MAX_SIZE_GB, DRY_RUN, GRACE_SECONDS, POD_NAME,
-LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME.
+Settings (environment variables): CACHE_PATH, NAMESPACE, TTL_DAYS, MAX_SIZE_GB, LOW_WATERMARK_PERCENT, DRY_RUN,
+GRACE_SECONDS, METRICS_TEXTFILE, PUSHGATEWAY_URL, POD_NAME, LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME.
 
-How: list the pods and the leases, plan, move what may go into the trash (one rename each), wait out the grace period,
-list pods and leases again, then restore or delete. A pod writes its lease before it looks for an entry, so either the
-second listing sees the lease, or the pod saw that the entry was gone and downloads it anew.
+How: list the pods and the leases, plan, announce what may go, wait out the grace period, list pods and leases again,
+move what is still free into the trash (one rename each), list once more, then restore or delete. A pod writes its lease
+before it looks at announcements and then for an entry, so one of the listings sees the lease, or the pod vetoes the
+move, or it finds the entry gone and downloads it anew; `darwin_cache` has the details.
+
+The result is one line of JSON on stdout.
 
 Exit codes: 0 done; 1 failed, and nothing was removed that was not checked first; 2 the settings are bad, or CACHE_PATH
 is not a cache.
@@ -13,6 +16,7 @@ is not a cache.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -26,9 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cleanup_report
 import darwin_cache
+import darwin_disk
 import k8s_client
-from darwin_cache import KEY, Cache, Entry, Lease, NotACache
+from darwin_cache import KEY, Cache, Entry, Lease, NotACache, Removal
 from darwin_env import ConfigError, Reader
 from darwin_log import Redactor, RoleError, human, log_settings, run_role
 
@@ -38,8 +44,8 @@ GIB = 1024**3
 # How coarse the times of files may be: a lease this much older than a listing may still be younger than it.
 CLOCK_GRAIN_SECONDS = 2.0
 
-# A download in which nothing happened for this long is dead, or else it is refused when it tries to publish.
-ABANDONED_SECONDS = DAY
+# Well below the age at which announcements are taken for those of a dead cleanup.
+MOST_GRACE_SECONDS = darwin_cache.ABANDONED_SECONDS / 4
 
 ROLE_TO_ADD = """apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
@@ -60,8 +66,11 @@ class Settings:
     namespace: str
     ttl_days: float
     max_size_gb: float
+    low_watermark_percent: float
     dry_run: bool
     grace_seconds: float
+    metrics_textfile: str
+    pushgateway_url: str
     pod: str
 
     @classmethod
@@ -72,8 +81,11 @@ class Settings:
             namespace=read.text("NAMESPACE"),
             ttl_days=read.number("TTL_DAYS", 7, least=0),
             max_size_gb=read.number("MAX_SIZE_GB", 0, least=0),
+            low_watermark_percent=read.number("LOW_WATERMARK_PERCENT", 90, least=0, most=100),
             dry_run=read.flag("DRY_RUN", False),
-            grace_seconds=read.number("GRACE_SECONDS", 60, least=0),
+            grace_seconds=read.number("GRACE_SECONDS", 120, least=0, most=MOST_GRACE_SECONDS),
+            metrics_textfile=read.text("METRICS_TEXTFILE"),
+            pushgateway_url=read.text("PUSHGATEWAY_URL"),
             pod=read.text("POD_NAME", socket.gethostname()),
         )
         read.finish()
@@ -113,27 +125,27 @@ def in_use(
     mounts the cache and matches nothing may use anything.
     """
     found = InUse()
+    by_pod: dict[str, set[str]] = {}
     for lease in leases:
+        by_pod.setdefault(lease.pod, set()).add(lease.key)
         if lease.written > listed:
             found.keys.setdefault(lease.key, set()).add(lease.pod)
     claims = _claims(pods, settings)
     for pod in filter(_lives, pods):
         name = _name(pod)
-        keys = {lease.key for lease in leases if _same_pod(lease.pod, name)}
+        keys = {key for host in _hostnames(name) for key in by_pod.get(host, ())}
         keys |= {names[word] for text in _texts(pod) for word in KEY.findall(text) if word in names}
         for key in keys:
             found.keys.setdefault(key, set()).add(name)
-        if not keys and not _same_pod(settings.pod, name) and claims.intersection(_volumes(pod).values()):
+        if not keys and settings.pod not in _hostnames(name) and claims.intersection(_volumes(pod).values()):
             found.unmatched.add(name)
     return found
 
 
 def dead_leases(pods: Sequence[Pod], leases: Sequence[Lease], listed: float) -> list[Lease]:
     """The leases, older than the listing of the pods, of pods that have ended or are gone."""
-    alive = [_name(pod) for pod in filter(_lives, pods)]
-    return [
-        lease for lease in leases if lease.written <= listed and not any(_same_pod(lease.pod, name) for name in alive)
-    ]
+    alive = {host for pod in filter(_lives, pods) for host in _hostnames(_name(pod))}
+    return [lease for lease in leases if lease.written <= listed and lease.pod not in alive]
 
 
 def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Decision]:
@@ -146,49 +158,69 @@ def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Deci
             decisions[entry.key] = Decision(entry, True, f"unused for TTL_DAYS={settings.ttl_days:g}")
         else:
             decisions[entry.key] = Decision(entry, False, f"used within TTL_DAYS={settings.ttl_days:g}")
-    if settings.max_size_gb:
-        size = sum(decision.entry.bytes for decision in decisions.values() if not decision.remove)
+    most = settings.max_size_gb * GIB
+    size = sum(decision.entry.bytes for decision in decisions.values() if not decision.remove)
+    if most and size > most:
+        # Some more than needed, so that not every run has to evict.
+        goal = most * settings.low_watermark_percent / 100
+        why = f"least recently used, to come below {settings.low_watermark_percent:g}% of "
+        why += f"MAX_SIZE_GB={settings.max_size_gb:g}"
         for entry in sorted(entries, key=lambda entry: -entry.idle):
-            if size <= settings.max_size_gb * GIB:
+            if size <= goal:
                 break
             if not decisions[entry.key].remove and not used.reason(entry.key):
-                why = f"least recently used, to come below MAX_SIZE_GB={settings.max_size_gb:g}"
                 decisions[entry.key] = Decision(entry, True, why)
                 size -= entry.bytes
-        if size > settings.max_size_gb * GIB:
+        if size > most:
             logger.warning("what pods use is %s, more than MAX_SIZE_GB=%g", human(size), settings.max_size_gb)
     return [decisions[entry.key] for entry in entries]
 
 
 def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, look: Look) -> Counter[str]:
-    """Carry out a plan; returns what was done: removed, restored, freed (bytes)."""
+    """Carry out a plan; returns what was done: removed, spared, restored, freed (bytes)."""
     done: Counter[str] = Counter()
+    doomed = [decision.entry.key for decision in decisions if decision.remove]
     # What a run that was killed left in the trash is judged together with this run's.
     waiting = cache.trash()
-    doomed = [decision.entry.key for decision in decisions if decision.remove]
-    waiting += [(trash, key) for key in doomed if (trash := cache.move_to_trash(key))]
-    if not waiting:
+    if not waiting and not doomed:
         return done
+    removals = []
     try:
-        # At once for leases written before the rename, after the grace period for those a network file system showed
-        # late.
+        removals += [cache.announce(key) for key in doomed]
+        logger.info("waiting GRACE_SECONDS=%g before removing %d entries", settings.grace_seconds, len(doomed))
+        # For what a network file system shows late: to this one a lease, to a pod the announcement.
+        time.sleep(settings.grace_seconds)
+        waiting += _move(removals, cache, look(), done)
+        # Pods that name an entry without a lease may have come in between.
         waiting = _restore(waiting, cache, look(), done)
-        if waiting:
-            logger.info("waiting GRACE_SECONDS=%g before deleting %d entries", settings.grace_seconds, len(waiting))
-            time.sleep(settings.grace_seconds)
-            waiting = _restore(waiting, cache, look(), done)
     except Exception:
         # What is in use can't be told any more: everything goes back.
+        for removal in removals:
+            cache.restore(removal.trash, removal.key)
         for path, key in waiting:
             cache.restore(path, key)
         raise
+    finally:
+        for removal in removals:
+            cache.withdraw(removal)
     sizes = {decision.entry.key: decision.entry.bytes for decision in decisions}
     for path, key in waiting:
-        darwin_cache.remove_tree(path)
+        cache.discard(path)
         done["removed"] += 1
         done["freed"] += sizes.get(key, 0)
-    cache.drop_refs_to({key for _, key in waiting if not cache.has(key)})
     return done
+
+
+def _move(removals: Sequence[Removal], cache: Cache, used: InUse, done: Counter[str]) -> list[tuple[Path, str]]:
+    moved = []
+    for removal in removals:
+        reason = used.reason(removal.key)
+        if reason is None and cache.carry_out(removal):
+            moved.append((removal.trash, removal.key))
+        else:
+            done["spared"] += 1
+            logger.info("kept %s: %s", removal.key, reason or "a pod has just come to use it")
+    return moved
 
 
 def _restore(
@@ -197,13 +229,11 @@ def _restore(
     still = []
     for path, key in waiting:
         reason = used.reason(key)
-        if reason is None:
-            still.append((path, key))
-        elif cache.restore(path, key):
+        if reason and cache.restore(path, key):
             done["restored"] += 1
             logger.info("restored %s: %s", key, reason)
         else:
-            still.append((path, key))  # damaged, or a copy of what was downloaded anew
+            still.append((path, key))  # free; or damaged, or a copy of what was downloaded anew
     return still
 
 
@@ -230,8 +260,11 @@ class Look:
             raise RoleError(
                 f"cannot list the pods of namespace {namespace}, so nothing is removed: {error}{role}"
             ) from error
-        except (k8s_client.NotInCluster, OSError, ValueError) as error:
+        except (k8s_client.NotInCluster, ValueError) as error:
             raise RoleError(f"cannot tell what is in use, so nothing is removed: {error}") from error
+        except OSError as error:
+            why = f"{self.cache.root}: {darwin_disk.explain(error)}"
+            raise RoleError(f"cannot tell what is in use, so nothing is removed: {why}") from error
         return in_use(self.pods, self.leases, self.cache.names(), self.listed, self.settings)
 
 
@@ -251,32 +284,40 @@ def report(decisions: Sequence[Decision], strange: Sequence[str]) -> Iterator[st
 def tidy(cache: Cache, look: Look, used: InUse) -> None:
     """Remove what belongs to nobody any more, and note the use of what is in use."""
     for key in used.keys:
-        if cache.has(key):
+        with contextlib.suppress(FileNotFoundError):  # it is still on its way
             cache.touch(key)
     for lease in dead_leases(look.pods, look.leases, look.listed):
         logger.info("dropping the lease of %s, which is gone", lease.pod)
         cache.drop_lease(lease)
-    for path in list(cache.abandoned(ABANDONED_SECONDS)):
-        logger.info("removing %s, an abandoned download", path)
-        darwin_cache.remove_tree(path)
+    for path in list(cache.leftovers()):
+        logger.info("removing %s, which a download or a cleanup left that is no more", path)
+        cache.discard(path)
 
 
 def run(service_account: Path, read: Reader, redact: Redactor) -> None:
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
+    began = time.monotonic()
+    result: dict[str, float] = {"success": 0}
     try:
         cache = Cache.find(settings.cache)
         if cache is None:
             logger.info("%s is empty, nothing to do", settings.cache)
-            return
-        _clean(cache, settings, service_account, read.environ)
+            result |= {"entries": 0, "bytes": 0}
+        else:
+            result |= _clean(cache, settings, service_account, read.environ)
+        result["success"] = 1
     except NotACache as error:
         raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
     except OSError as error:
-        raise RoleError(f"{settings.cache}: {error}; is the volume mounted read-only, or full?") from error
+        raise RoleError(f"{settings.cache}: {darwin_disk.explain(error)}") from error
+    finally:
+        result["seconds"] = round(time.monotonic() - began, 3)
+        cleanup_report.publish(result, settings.metrics_textfile, settings.pushgateway_url)
 
 
-def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Mapping[str, str]) -> None:
+def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Mapping[str, str]) -> dict[str, float]:
+    """Returns what was found and done, by the names of `cleanup_report`."""
     try:
         home = k8s_client.namespace(service_account)
         client = k8s_client.Client.in_cluster(environ, service_account)
@@ -294,24 +335,33 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
             )
         for pod in sorted(used.unmatched):
             logger.warning("pod %s mounts the cache and uses an entry unknown, so every entry is kept", pod)
-        entries, strange = cache.entries()
+        entries, strange = cache.entries(cache.now())
         decisions = plan(entries, used, settings)
         for line in report(decisions, strange):
             logger.info("%s", line)
         doomed = [decision for decision in decisions if decision.remove]
         if settings.dry_run:
-            _summary("DRY_RUN, would remove", len(doomed), sum(d.entry.bytes for d in doomed), entries)
-            return
-        tidy(cache, look, used)
-        done = execute(decisions, cache, settings, look)
-        cache.drop_dangling_aliases(DAY)
-    _summary("removed", done["removed"], done["freed"], entries, restored=done["restored"])
-
-
-def _summary(what: str, count: int, freed: int, entries: Sequence[Entry], restored: int = 0) -> None:
+            done = Counter(removed=len(doomed), freed=sum(decision.entry.bytes for decision in doomed))
+        else:
+            tidy(cache, look, used)
+            done = execute(decisions, cache, settings, look)
+            cache.drop_dangling(DAY)
     total = sum(entry.bytes for entry in entries)
-    back = f", {restored} restored" if restored else ""
-    logger.info("%s %d of %d entries%s: %s of %s freed", what, count, len(entries), back, human(freed), human(total))
+    _summary("DRY_RUN, would remove" if settings.dry_run else "removed", done, entries, total)
+    return {
+        "dry_run": int(settings.dry_run),
+        "entries": len(entries),
+        "bytes": total,
+        "entries_in_use": sum(used.reason(entry.key) is not None for entry in entries),
+        "unknown": len(strange),
+        **{name: done[name] for name in ("removed", "freed", "spared", "restored")},
+    }
+
+
+def _summary(what: str, done: Counter[str], entries: Sequence[Entry], total: int) -> None:
+    back = "".join(f", {done[name]} {name}" for name in ("spared", "restored") if done[name])
+    freed = f"{human(done['freed'])} of {human(total)} freed"
+    logger.info("%s %d of %d entries%s: %s", what, done["removed"], len(entries), back, freed)
 
 
 def _lives(pod: Pod) -> bool:
@@ -323,9 +373,9 @@ def _name(pod: Pod) -> str:
     return str(pod.get("metadata", {}).get("name", ""))
 
 
-def _same_pod(hostname: str, pod: str) -> bool:
-    """A pod's host name is its name, cut to 63 characters."""
-    return hostname == pod or (len(pod) > 63 and hostname == pod[:63].rstrip("-."))
+def _hostnames(pod: str) -> set[str]:
+    """What the pod of this name calls itself: a host name is cut to 63 characters."""
+    return {pod, pod[:63].rstrip("-.")}
 
 
 def _containers(pod: Pod) -> Iterator[Mapping[str, Any]]:
@@ -359,7 +409,7 @@ def _volumes(pod: Pod) -> dict[str, str]:
 
 def _claims(pods: Sequence[Pod], settings: Settings) -> set[str]:
     """The volumes that may hold the cache: what this pod mounts there if it is among `pods`, else what any pod does."""
-    own = [pod for pod in pods if _same_pod(settings.pod, _name(pod))]
+    own = [pod for pod in pods if settings.pod in _hostnames(_name(pod))]
     return {
         _volumes(pod)[mount["name"]]
         for pod in own or pods

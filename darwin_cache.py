@@ -1,19 +1,28 @@
 """The on-disk contract of the shared model cache; the only module that builds a path inside it.
 
     <root>/
-      CACHEDIR.TAG                   marks the directory as a cache; nothing is removed where it is missing
-      <key>/                         a published entry, complete from the moment it has this name
-        model/                       the MLflow model, MLmodel at its root
-        manifest.json                where it came from, and every file's size and sha256
-        last_used                    its mtime is the last time someone needed the entry
-      <alias> -> <key>               a name that can be computed without asking MLflow
-      .leases/<pod>.<output>.json    which entry a pod's OUTPUT_PATH uses
-      .refs/<digest>.json            (tracking URI, model URI) -> the key it last resolved to
-      .staging/<key>.<random>/       downloads under way
-      .trash/<key>.<random>/         entries moved aside, waiting out the grace period
+      CACHEDIR.TAG                         marks the directory as a cache; nothing is removed where it is missing
+      <key>/                               a published entry, complete from the moment it has this name
+        model/                             the MLflow model, MLmodel at its root
+        manifest.json                      where it came from, and every file's size and sha256
+        last_used                          its mtime is the last time someone needed the entry
+      <alias> -> <key>                     a name that can be computed without asking MLflow
+      .leases/<pod>.<output>.<random>.json which entry a pod's OUTPUT_PATH uses
+      .refs/<digest>.json                  (tracking URI, model URI) -> the key it last resolved to
+      .locks/<key>                         who is downloading it; the mtime is the downloader's heartbeat
+      .staging/<key>.<random>/             a download under way
+        model/                             its files that have arrived whole
+        parts/                             those that have not
+      .trash/<key>.<random>.planned        says that <key> is about to be moved to the name without `.planned`
+      .trash/<key>.<random>/               an entry moved aside; or, put there by a pod before it could be, a veto
+      .trash/<random>.doomed/              being deleted
 
 Nothing here relies on file locks or on the clocks of two machines agreeing: an entry appears by one rename, disappears
 by one rename, and ages are differences of mtimes that the file server gave.
+
+No entry is taken from a pod that has leased it. Who removes announces it, then lists the leases, then renames; who uses
+writes its lease, then vetoes what is announced, then looks. So either the lease is listed or the announcement is seen.
+The veto takes the name that the entry is to be renamed to, so one of the two comes first, and the other fails.
 """
 
 from __future__ import annotations
@@ -25,10 +34,13 @@ import json
 import os
 import re
 import secrets
-import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+import darwin_disk
+from darwin_manifest import Manifest
 
 TAG_NAME = "CACHEDIR.TAG"
 TAG_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
@@ -36,79 +48,20 @@ _TAG = f"{TAG_SIGNATURE}\n# MLflow models shared between pods; cleanup.py remove
 
 KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
-_MANIFEST, _MODEL, _LAST_USED = "manifest.json", "model", "last_used"
-_INNER = _LEASES, _REFS, _STAGING, _TRASH = ".leases", ".refs", ".staging", ".trash"
+_MANIFEST, _MODEL, _PARTS, _LAST_USED = "manifest.json", "model", "parts", "last_used"
+_INNER = _LEASES, _REFS, _LOCKS, _STAGING, _TRASH = ".leases", ".refs", ".locks", ".staging", ".trash"
+_PLANNED, _DOOMED, _VETO = ".planned", ".doomed", "vetoed"
+
+# A downloader shows this often that it is alive, and is taken for dead after so much silence.
+HEARTBEAT_SECONDS = 5.0
+SILENCE_SECONDS = 30.0
+
+# What nobody has touched for this long belongs to the dead: a download, a lock, an announcement.
+ABANDONED_SECONDS = 86400.0
 
 
 class NotACache(Exception):
     """The directory can't be used as a cache; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of a model: path relative to the model's root (with `/`), size in bytes, sha256 in hex."""
-
-    path: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Where an entry came from and what is in it. `resolved` is the identity its key was made of."""
-
-    model_uri: str
-    resolved: Mapping[str, str]
-    files: Sequence[File]
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
-    @classmethod
-    def read(cls, entry: Path) -> Manifest:
-        """The manifest of an entry, wherever it lies. Raises `OSError` or `ValueError`."""
-        return cls.parse((entry / _MANIFEST).read_text(encoding="utf-8"))
-
-    def dump(self) -> str:
-        return json.dumps({"format": 1, **asdict(self)}, indent=1)
-
-    @classmethod
-    def parse(cls, text: str) -> Manifest:
-        """Raises `ValueError` when `text` is not a manifest of this format."""
-        try:
-            data = json.loads(text)
-            if data["format"] != 1:
-                raise ValueError(f"manifest format {data['format']!r} is not known here")
-            files = [File(str(file["path"]), int(file["size"]), str(file["sha256"])) for file in data["files"]]
-            return cls(str(data["model_uri"]), dict(data["resolved"]), files)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a manifest: {error!r}") from error
-
-    def damage(self, model: Path) -> list[str]:
-        """What differs, by name and size, between this manifest and the files below `model`; empty when whole.
-
-        Raises `OSError` when that can't be told: a file one may not look at is not a file that is missing.
-        """
-        found = []
-        for file in self.files:
-            path = model / file.path
-            try:
-                size = path.stat().st_size
-            except (FileNotFoundError, NotADirectoryError) as error:
-                found.append(f"{path}: {error.strerror}")
-                continue
-            if size != file.size:
-                found.append(f"{path}: {size} bytes instead of {file.size}")
-        return found
-
-    def altered(self, model: Path) -> list[str]:
-        """The files below `model` whose bytes are not those of the manifest. Reads all of them."""
-        return [
-            f"{model / file.path} is not what was downloaded (sha256)"
-            for file in self.files
-            if digest(model / file.path) != file.sha256
-        ]
 
 
 @dataclass(frozen=True)
@@ -119,6 +72,7 @@ class Lease:
     output: str
     key: str
     written: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,26 +85,92 @@ class Entry:
     model_uri: str
 
 
+@dataclass(frozen=True)
+class Removal:
+    """An entry's announced move to `trash`."""
+
+    key: str
+    trash: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.trash.with_name(self.trash.name + _PLANNED)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock: how far its download is, in bytes, and how long it has been silent, in seconds."""
+
+    owner: str
+    arrived: int
+    total: int
+    silence: float
+    released: bool
+
+    @property
+    def alive(self) -> bool:
+        return not self.released and self.silence < SILENCE_SECONDS
+
+
+class Lock:
+    """The exclusive right to download one key, as long as all play by the rules; no more than bandwidth depends on it.
+
+    `inherited` tells that the holder before died, or gave up: what it has staged is there to be taken over.
+    """
+
+    def __init__(self, path: Path, descriptor: int, owner: str, *, inherited: bool) -> None:
+        self.path = path
+        self.owner = owner
+        self.inherited = inherited
+        self.staging: Path | None = None
+        self._descriptor = descriptor
+        self.beat(0, 0)
+
+    def beat(self, arrived: int, total: int) -> None:
+        """Show that the holder is alive, and so what it has staged, and how far it is, in bytes."""
+        self._write(arrived, total, released=False)
+        if self.staging:
+            with contextlib.suppress(OSError):
+                os.utime(self.staging)
+
+    def release(self, *, done: bool) -> None:
+        """Give the lock up; unless all is `done`, what was staged is left to the next holder."""
+        try:
+            if done:
+                with contextlib.suppress(FileNotFoundError):
+                    if self.path.stat().st_ino == os.fstat(self._descriptor).st_ino:
+                        self.path.unlink()
+            else:
+                self._write(0, 0, released=True)
+        finally:
+            os.close(self._descriptor)
+
+    def _write(self, arrived: int, total: int, *, released: bool) -> None:
+        state = {"owner": self.owner, "released": released, "arrived": arrived, "total": total}
+        content = json.dumps(state).encode()
+        # Taken over, or on a full volume, it is still the downloader's right to go on.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, content, 0)
+            os.ftruncate(self._descriptor, len(content))
+            os.fsync(self._descriptor)
+
+
 def model_of(entry: Path) -> Path:
     """Where the model is in an entry, published or staged."""
     return entry / _MODEL
 
 
+def parts_of(staging: Path) -> Path:
+    """Where a download under way keeps files that have not arrived whole."""
+    return staging / _PARTS
+
+
 def manifest_of(model: Path) -> Manifest | None:
     """The manifest of the entry whose model is in the directory `model`; None where that is no entry of a cache."""
     try:
-        return Manifest.read(model.parent)
+        return _manifest(model.parent)
     except (OSError, ValueError):
         return None
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def make_key(identity: Mapping[str, str], listing: Sequence[tuple[str, int | None]]) -> str:
@@ -180,7 +200,7 @@ class Cache:
         cache = cls(root)
         root.mkdir(parents=True, exist_ok=True)
         if not cache._is_tagged():
-            write_atomically(root / TAG_NAME, _TAG)
+            darwin_disk.write_atomically(root / TAG_NAME, _TAG)
         for name in _INNER:
             (root / name).mkdir(exist_ok=True)
         cache._check_inside()
@@ -198,6 +218,9 @@ class Cache:
         cache = cls(root)
         if cache._is_tagged():
             cache._check_inside()
+            with contextlib.suppress(OSError):  # to look at it, it need not be writable
+                for name in _INNER:
+                    (root / name).mkdir(exist_ok=True)
             return cache
         if set(os.listdir(root)) <= {"lost+found"}:
             return None
@@ -208,8 +231,9 @@ class Cache:
 
     def _check_inside(self) -> None:
         for name in _INNER:
+            path = self.root / name
             # What is deleted below these must be the cache's own.
-            if (self.root / name).is_symlink() or not (self.root / name).is_dir():
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise NotACache(f"{self.root / name} is not a directory of the cache; remove it by hand")
 
     def _is_tagged(self) -> bool:
@@ -218,13 +242,10 @@ class Cache:
         return False
 
     def now(self) -> float:
-        """The file server's clock: the mtime of a file just made there, in seconds since the epoch."""
-        probe = self.root / _STAGING / f"clock.{secrets.token_hex(8)}"
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink()
+        """The file server's clock, in seconds since the epoch: the mtime it gives. Nothing is created for it."""
+        tag = self.root / TAG_NAME
+        os.utime(tag)
+        return tag.stat().st_mtime
 
     # Entries
 
@@ -232,34 +253,38 @@ class Cache:
         return model_of(self.root / key)
 
     def has(self, key: str) -> bool:
-        """Whether `key` is taken; `damage` says whether by a whole entry."""
-        return (self.root / key).is_dir()
+        """Whether `key` is taken; `damage` says whether by a whole entry. Raises `NotACache` for a link."""
+        path = self.root / key
+        if path.is_symlink():
+            raise NotACache(f"{path} is a symbolic link where an entry belongs; remove it by hand")
+        return path.is_dir()
 
-    def damage(self, key: str) -> list[str]:
-        """What is wrong with the entry `key`, by file; empty when whole. Raises `OSError` when it can't be told."""
-        return _damage(self.root / key)
+    def damage(self, key: str, verify: str = "size") -> list[str]:
+        """What is wrong with the entry `key`, by file; empty when whole. Raises `OSError` when it can't be told.
+
+        `verify` is one of `darwin_manifest.VERIFY`.
+        """
+        return _damage(self.root / key, verify)
 
     def manifest(self, key: str) -> Manifest:
         """Raises `OSError` or `ValueError` when it is missing or unreadable."""
-        return Manifest.read(self.root / key)
+        return _manifest(self.root / key)
 
     def touch(self, key: str) -> None:
         """Note that the entry was needed just now."""
         (self.root / key / _LAST_USED).touch()
 
-    def entries(self) -> tuple[list[Entry], list[str]]:
-        """All entries, and the names in the cache that are none of ours, which are left alone."""
-        now = self.now()
+    def entries(self, now: float) -> tuple[list[Entry], list[str]]:
+        """All entries, idle as of `now`, and the names in the cache that are none of ours, which are left alone."""
         known, strange = [], []
         for name in sorted(os.listdir(self.root)):
             path = self.root / name
-            if name in (TAG_NAME, "lost+found", *_INNER) or path.is_symlink():
+            if name in (TAG_NAME, "lost+found", *_INNER) or path.is_symlink() or name.endswith(darwin_disk.TEMPORARY):
                 continue
             try:
-                manifest = self.manifest(name) if is_key(name) else None
-                if manifest is None:
-                    strange.append(name)
-                    continue
+                if not is_key(name):
+                    raise ValueError(name)
+                manifest = self.manifest(name)
                 used = (path / _LAST_USED).stat().st_mtime
             except (OSError, ValueError):
                 strange.append(name)
@@ -267,114 +292,156 @@ class Cache:
             known.append(Entry(name, manifest.bytes, max(0.0, now - used), manifest.model_uri))
         return known, strange
 
-    # Publishing
+    # Downloading
 
-    def stage(self, key: str) -> Path:
-        """A new directory to put a model together in; its `model/` is there."""
+    def try_lock(self, key: str, owner: str) -> Lock | Holder:
+        """The lock on the download of `key`, or who holds it: another owner that is alive."""
+        path, inherited = self.root / _LOCKS / key, False
+        while True:
+            try:
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                return Lock(path, descriptor, owner, inherited=inherited)
+            except FileExistsError:
+                holder = self._holder(path)
+                if holder and holder.alive and holder.owner != owner:
+                    return holder
+                if holder:
+                    inherited = self._seize(path, owner) or inherited
+
+    def _holder(self, path: Path) -> Holder | None:
+        try:
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+                beaten = os.fstat(file.fileno()).st_mtime
+                text = file.read()
+        except FileNotFoundError:
+            return None
+        state: dict[str, object] = {}
+        with contextlib.suppress(ValueError):  # it is being written
+            state |= json.loads(text)
+        arrived, total = (int(str(state.get(name, 0))) for name in ("arrived", "total"))
+        released = bool(state.get("released"))
+        return Holder(str(state.get("owner", "")), arrived, total, self.now() - beaten, released)
+
+    def _seize(self, path: Path, owner: str) -> bool:
+        """Take a dead holder's lock away. Of several who try, one succeeds."""
+        taken = darwin_disk.temporary(path)
+        try:
+            path.rename(taken)
+        except FileNotFoundError:
+            return False
+        holder = self._holder(taken)
+        if holder and holder.alive and holder.owner != owner:
+            taken.rename(path)  # it is not the one that was dead
+            return False
+        taken.unlink(missing_ok=True)
+        return True
+
+    def stage(self, key: str, lock: Lock | None = None) -> Path:
+        """A directory to put a model together in: what the holder before left of it, or an empty one.
+
+        It is renamed, so that a former owner that is not dead after all finds nothing to write to by its name.
+        """
         staging = self.root / _STAGING / f"{key}.{secrets.token_hex(8)}"
+        for left in list((self.root / _STAGING).iterdir()) if lock else ():
+            if _key_of(left) == key and lock and (lock.inherited or self._is_silent(left)):
+                if staging.exists() or _holds_links(left):
+                    self.discard(left)
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    left.rename(staging)
         # Not tempfile.mkdtemp: its 0700 would stay on the entry and keep other users' pods out.
-        (staging / _MODEL).mkdir(parents=True)
+        for directory in (model_of(staging), parts_of(staging)):
+            directory.mkdir(parents=True, exist_ok=True)
+        if lock:
+            lock.staging = staging
         return staging
 
-    def publish(self, staging: Path, key: str, manifest: Manifest) -> bool:
+    def _is_silent(self, path: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return self.now() - _touched(path) > SILENCE_SECONDS
+        return False
+
+    def publish(self, staging: Path, key: str, manifest: Manifest, verify: str = "size") -> bool:
         """Give what is staged its final name; False when another writer was first and ours was dropped.
 
-        The files, whose sizes the manifest states, are on disk before the name is.
+        The files, whose sizes the manifest states, are on disk before the name is. An entry that is damaged, as far as
+        `verify` looks, is replaced.
         """
-        (staging / _MANIFEST).write_text(manifest.dump(), encoding="utf-8")
         (staging / _LAST_USED).touch()
-        if damage := manifest.damage(staging / _MODEL):
+        darwin_disk.remove_tree(parts_of(staging))
+        if damage := manifest.damage(model_of(staging)):
             raise ValueError(f"not published, {'; '.join(damage)}")
-        sync_tree(staging)
+        darwin_disk.sync_tree(staging)
+        darwin_disk.write_atomically(staging / _MANIFEST, manifest.dump())
         while True:
             try:
                 staging.rename(self.root / key)
             except OSError as error:
                 # On a network file system the reply to a rename that happened can be lost.
-                if staging.exists() or not self.has(key):
+                if not self.has(key) or staging.exists():
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
-                    if not self.damage(key):
-                        remove_tree(staging)
+                    if not self.damage(key, verify):
+                        self.discard(staging)
                         return False
-                    self.discard_damaged(key)
+                    self._set_aside_damaged(key, verify)
                     continue
             break
-        sync(self.root)
+        darwin_disk.sync(self.root)
         return True
 
-    def discard_damaged(self, key: str) -> None:
-        """Take a damaged entry away, to be replaced; one that somebody else has replaced meanwhile stays."""
-        if trash := self.move_to_trash(key):
-            self.restore(trash, key)
+    def _set_aside_damaged(self, key: str, verify: str) -> None:
+        removal = self.announce(key)
+        try:
+            # Looked at once more: from the announcement on, a pod that finds a whole one there keeps it there.
+            if self.damage(key, verify):
+                self.carry_out(removal)
+        finally:
+            self.withdraw(removal)
+
+    # Names
 
     def set_alias(self, alias: str, key: str) -> None:
         """Point `alias` to `key`. Raises `OSError` where the name is taken by something that is no link."""
-        _replace_link(self.root / alias, key)
+        darwin_disk.replace_link(self.root / alias, key)
 
     def aliases(self) -> dict[str, str]:
         """Alias -> key, for every link in the cache whose both ends look like keys."""
         links = {}
         for name in os.listdir(self.root):
             path = self.root / name
-            if is_key(name) and path.is_symlink() and is_key(target := str(path.readlink())):
-                links[name] = target
+            with contextlib.suppress(FileNotFoundError):  # another cleanup is dropping it
+                if is_key(name) and path.is_symlink() and is_key(target := str(path.readlink())):
+                    links[name] = target
         return links
 
     def names(self) -> dict[str, str]:
         """Every name by which an entry, published or in the trash, may be asked for -> its key."""
         keys = {name for name in os.listdir(self.root) if is_key(name) and not (self.root / name).is_symlink()}
-        keys |= {key for _, key in self.trash()}
+        keys |= {key for path in (self.root / _TRASH).iterdir() if (key := _key_of(path))}
         return {key: key for key in keys} | self.aliases()
 
-    def drop_dangling_aliases(self, age: float) -> None:
-        """Remove links, made more than `age` seconds ago, to entries that are gone: a newer one's may come back."""
+    def drop_dangling(self, age: float) -> None:
+        """Remove aliases and refs, made more than `age` seconds ago, of entries that are gone: a new one may come."""
         before = self.now() - age
         for alias, key in self.aliases().items():
-            path = self.root / alias
+            path, taken = self.root / alias, darwin_disk.temporary(self.root / alias)
             with contextlib.suppress(FileNotFoundError):
                 if not self.has(key) and path.lstat().st_mtime < before:
+                    path.rename(taken)
+                    # Its pod may have made it anew in between.
+                    if taken.lstat().st_mtime < before:
+                        taken.unlink()
+                    else:
+                        taken.rename(path)
+        for path in (self.root / _REFS).glob("[!.]*.json"):
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+                if not self.has(json.loads(path.read_text(encoding="utf-8"))["key"]) and path.stat().st_mtime < before:
                     path.unlink()
-
-    # Leases and refs
-
-    def lease(self, pod: str, output: str, key: str) -> None:
-        """Claim `key` for a pod's output, instead of what that output used before. Do this before looking at `key`."""
-        write_atomically(self._lease(pod, output), json.dumps({"pod": pod, "output": output, "key": key}))
-
-    def leases(self) -> list[Lease]:
-        """All leases. Raises `OSError` or `ValueError` when one can't be read: nothing may be removed then."""
-        found = []
-        for path in sorted((self.root / _LEASES).glob("*.json")):
-            try:
-                with path.open(encoding="utf-8") as file:
-                    # Of the open file: by its name it may be another lease by now.
-                    written = os.fstat(file.fileno()).st_mtime
-                    data = json.load(file)
-            except FileNotFoundError:
-                continue  # its pod moved on between the listing and now
-            except ValueError:
-                data = None
-            if not isinstance(data, dict) or not is_key(str(data.get("key"))):
-                raise ValueError(f"{path} is not a lease; remove it once no pod of that name runs")
-            found.append(Lease(str(data.get("pod")), str(data.get("output")), data["key"], written))
-        return found
-
-    def drop_lease(self, lease: Lease) -> None:
-        """Remove a lease, unless its pod has written it anew."""
-        path = self._lease(lease.pod, lease.output)
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime == lease.written:
-                path.unlink()
-
-    def _lease(self, pod: str, output: str) -> Path:
-        # Both parts can be long or hold a slash; what they say is inside the file.
-        digest = hashlib.sha256(f"{pod}\n{output}".encode()).hexdigest()[:32]
-        return self.root / _LEASES / f"{re.sub('[^A-Za-z0-9.-]', '_', pod)[:128]}.{digest}.json"
 
     def set_ref(self, tracking_uri: str, model_uri: str, key: str) -> None:
         """Remember what a URI resolved to, for when the tracking server can't be asked."""
-        write_atomically(self._ref(tracking_uri, model_uri), json.dumps({"key": key}))
+        darwin_disk.write_atomically(self._ref(tracking_uri, model_uri), json.dumps({"key": key}))
 
     def ref(self, tracking_uri: str, model_uri: str) -> tuple[str, float] | None:
         """The key that was last resolved for a URI, and how many seconds ago; None when it never was."""
@@ -389,30 +456,92 @@ class Cache:
         digest = hashlib.sha256(f"{tracking_uri}\n{model_uri}".encode()).hexdigest()
         return self.root / _REFS / f"{digest}.json"
 
-    def drop_refs_to(self, keys: set[str]) -> None:
-        for path in (self.root / _REFS).glob("*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                if json.loads(path.read_text(encoding="utf-8"))["key"] in keys:
-                    path.unlink(missing_ok=True)
+    # Leases
+
+    def lease(self, pod: str, output: str, key: str) -> None:
+        """Claim `key` for a pod's output, instead of what that output used before. Do this before looking at `key`.
+
+        From then on an entry that is there stays, while the pod lives.
+        """
+        # Both parts can be long or hold a slash; what they say is inside the file.
+        digest = hashlib.sha256(f"{pod}\n{output}".encode()).hexdigest()[:32]
+        stem = f"{re.sub('[^A-Za-z0-9.-]', '_', pod)[:128]}.{digest}."
+        leases = self.root / _LEASES
+        before = [path for path in leases.iterdir() if path.name.startswith(stem)]
+        # A new name each time: who drops a lease of the dead can't hit one of the living.
+        path = leases / f"{stem}{secrets.token_hex(8)}.json"
+        darwin_disk.write_atomically(path, json.dumps({"pod": pod, "output": output, "key": key}))
+        self._veto(key)
+        for old in before:
+            old.unlink(missing_ok=True)
+
+    def leases(self) -> list[Lease]:
+        """All leases. Raises `OSError` or `ValueError` when one can't be read: nothing may be removed then."""
+        found = []
+        for path in sorted((self.root / _LEASES).glob("[!.]*.json")):
+            try:
+                written = path.stat().st_mtime
+                data = json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue  # its pod moved on between the listing and now
+            except ValueError:
+                data = None
+            if not isinstance(data, dict) or not is_key(str(data.get("key"))):
+                raise ValueError(f"{path} is not a lease; remove it once no pod of that name runs")
+            found.append(Lease(str(data.get("pod")), str(data.get("output")), data["key"], written, path.name))
+        return found
+
+    def drop_lease(self, lease: Lease) -> None:
+        (self.root / _LEASES / lease.name).unlink(missing_ok=True)
 
     # Removing
 
-    def move_to_trash(self, key: str) -> Path | None:
-        """Take an entry out of use with one rename; None when it is gone already."""
-        trash = self.root / _TRASH / f"{key}.{secrets.token_hex(8)}"
+    def announce(self, key: str) -> Removal:
+        """Say that `key` is about to be removed. List the leases after this, and before `carry_out`."""
+        removal = Removal(key, self.root / _TRASH / f"{key}.{secrets.token_hex(8)}")
+        darwin_disk.write_atomically(removal.plan, "")
+        return removal
+
+    def carry_out(self, removal: Removal) -> bool:
+        """Take the entry out of use with one rename; False when it is gone already, or a pod has vetoed it."""
+        if not removal.plan.exists():
+            return False
         try:
-            (self.root / key).rename(trash)
+            (self.root / removal.key).rename(removal.trash)
         except FileNotFoundError:
-            return None
-        return trash
+            return (removal.trash / _MANIFEST).exists()  # the reply to a rename that happened can be lost
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        return True
+
+    def withdraw(self, removal: Removal) -> None:
+        """Take the announcement back, whether carried out or not."""
+        removal.plan.unlink(missing_ok=True)
+        if (removal.trash / _VETO).exists():
+            self.discard(removal.trash)
+
+    def _veto(self, key: str) -> None:
+        for plan in (self.root / _TRASH).glob(f"{key}.*{_PLANNED}"):
+            veto = darwin_disk.temporary(plan)
+            # Not empty: an empty directory would be replaced by a rename.
+            (veto / _VETO).mkdir(parents=True)
+            try:
+                veto.rename(plan.with_suffix(""))
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                    raise
+                darwin_disk.remove_tree(veto)
 
     def trash(self) -> list[tuple[Path, str]]:
-        """What waits in the trash: paths and their keys."""
-        return [(path, key) for path in sorted((self.root / _TRASH).iterdir()) if (key := _key_of(path))]
+        """What waits in the trash, and belongs to no cleanup that is at work: paths and their keys."""
+        found = [(path, _key_of(path)) for path in sorted((self.root / _TRASH).iterdir())]
+        return [(path, key) for path, key in found if key and not Removal(key, path).plan.exists()]
 
     def restore(self, trash: Path, key: str) -> bool:
         """Put an entry back; False when it is not whole, its place is taken, or another cleanup was first."""
-        if _damage(trash):
+        if _damage(trash, "size"):
             return False
         try:
             trash.rename(self.root / key)
@@ -422,82 +551,57 @@ class Cache:
             raise
         return True
 
-    def abandoned(self, age: float) -> Iterator[Path]:
-        """Staging directories in which nothing happened for `age` seconds."""
-        now = self.now()
-        for path in filter(_key_of, (self.root / _STAGING).iterdir()):
-            # Not mtime: a file copied from a local store keeps its source's.
+    def discard(self, path: Path) -> None:
+        """Delete something of the cache, under a name by which nobody can restore it, or go on with it, meanwhile."""
+        doomed = self.root / _TRASH / f"{secrets.token_hex(8)}{_DOOMED}"
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(doomed)
+            darwin_disk.remove_tree(doomed)
+
+    def leftovers(self) -> Iterator[Path]:
+        """What the dead have left: downloads, locks, announcements and half-written files that nobody touches any more,
+        and deletions that were not finished."""
+        yield from (self.root / _TRASH).glob(f"*{_DOOMED}")
+        before = self.now() - ABANDONED_SECONDS
+        staged = [path for path in (self.root / _STAGING).iterdir() if _key_of(path)]
+        rest = [*(self.root / _LOCKS).iterdir(), *(self.root / _TRASH).glob(f"*{_PLANNED}")]
+        rest += [path for inner in (".", *_INNER) for path in (self.root / inner).glob(f".*{darwin_disk.TEMPORARY}")]
+        for path in [*staged, *rest]:
             with contextlib.suppress(FileNotFoundError):
-                if now - max(node.lstat().st_ctime for node in (path, *path.rglob("*"))) > age:
+                if _touched(path) < before:
                     yield path
 
 
-def _damage(entry: Path) -> list[str]:
+def _manifest(entry: Path) -> Manifest:
+    return Manifest.parse((entry / _MANIFEST).read_text(encoding="utf-8"))
+
+
+def _damage(entry: Path, verify: str) -> list[str]:
     try:
-        manifest = Manifest.read(entry)
+        manifest = _manifest(entry)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return [f"{entry / _MANIFEST}: {error}"]
-    return manifest.damage(model_of(entry))
+    return manifest.damage(model_of(entry), verify)
 
 
 def _key_of(path: Path) -> str | None:
     """The key in the name `<key>.<random>` of a directory of ours; None for anything else."""
-    key = path.name.partition(".")[0]
-    return key if is_key(key) and not path.is_symlink() else None
+    key, _, random = path.name.partition(".")
+    return key if is_key(key) and random.isalnum() and not path.is_symlink() else None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `path` so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+def _touched(path: Path) -> float:
+    """When something last happened to `path` or in it. Not mtime: a copy of a local store's file keeps its source's."""
+    inside = () if path.is_symlink() else path.rglob("*")
+    return float(max(node.lstat().st_ctime for node in (path, *inside)))
 
 
-def _replace_link(path: Path, target: str) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    temporary.symlink_to(target)
-    try:
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _holds_links(root: Path) -> bool:
+    """Whether there are links in what was staged, where a download would follow them."""
+    return any(path.is_symlink() for path in root.rglob("*"))
 
 
-def sync(path: Path) -> None:
-    """Flush one file or directory to disk; file systems that can't sync a directory are taken as they are."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
+if __name__ == "__main__":
+    from darwin_inspect import main
 
-
-def sync_tree(root: Path) -> None:
-    """Flush every file and directory below `root`, and `root` itself, children before parents."""
-    for directory, _, files in os.walk(root, topdown=False):
-        for name in files:
-            sync(Path(directory, name))
-        sync(Path(directory))
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a directory, or the link or file that is there instead; links inside are not followed.
-
-    Where someone else deletes the same tree at the same time, what is left is theirs to finish.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Resolve a model URI, list the model's files, transfer them, verify them.
+"""Resolve a model URI, list the model's files, open one of them; what a store's errors mean.
 
 Everything goes through MLflow's own clients and artifact stores, so every URI and every kind of authentication that
 MLflow knows works here.
@@ -7,41 +7,36 @@ MLflow knows works here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import random
 import re
-import shutil
 import ssl
-import sys
 import tempfile
-import threading
 import time
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import requests
 
 import darwin_mlflow
-from darwin_cache import File, digest
 from darwin_env import ConfigError, Reader
-from darwin_log import RoleError, human, mask_uri
+from darwin_log import RoleError, mask_uri
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
 
 T = TypeVar("T")
 
 MODEL_FILE = "MLmodel"
-REGISTERED_MODEL_META = "registered_model_meta"
-
 MAX_BACKOFF_SECONDS = 60.0
-
-# Files are transferred side by side; each holds one chunk of 1 MiB in memory.
-PARALLEL_FILES = 4
-
-PROGRESS_SECONDS = 5.0
-TERMINAL_PROGRESS_SECONDS = 0.5
 
 MODEL_URI_EXAMPLE = "models:/my-model/3"
 
@@ -77,24 +72,41 @@ class RemoteFile:
     size: int | None
 
 
+class Store(Protocol):
+    """Where a model's files are; paths are relative to the model's root."""
+
+    def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
+        """The files and the directories that are directly in a directory."""
+
+    def open(self, path: str, offset: int) -> BaseHTTPResponse | None:
+        """An answer of which the body, not read yet, is the file from `offset` on, or (status 200) all of it.
+
+        None where the store can only `download`.
+        """
+
+    def download(self, path: str, local: str) -> None:
+        """Write a file to `local`."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """A model found: what its URI resolved to, its files, and `download(path, local)` that brings one of them.
+    """A model found: what its URI resolved to, what is at its root, and the store to bring it from.
 
-    `identity` names the model's bytes, not the alias or stage that led to them.
+    `identity` names the model's bytes, not the alias or stage that led to them. With `listing`, the (path, size) of
+    what is at the root, where directories end in a slash, it tells models apart.
     """
 
     uri: str
     identity: Mapping[str, str]
-    files: Sequence[RemoteFile]
-    download: Callable[[str, str], None] = field(repr=False)
+    listing: Sequence[tuple[str, int | None]]
+    store: Store = field(repr=False)
 
-    @property
-    def bytes(self) -> int:
-        return sum(file.size or 0 for file in self.files)
-
-    def listing(self) -> list[tuple[str, int | None]]:
-        return [(file.path, file.size) for file in self.files]
+    def files(self) -> list[RemoteFile]:
+        """All files, at any depth; one request to the store for each directory. Raises as `resolve` does."""
+        with explained(self.uri):
+            found = list(_walk(self.store, self.listing))
+        check_names(self.uri, [file.path for file in found])
+        return found
 
 
 def check_uri(uri: str) -> str | None:
@@ -127,18 +139,7 @@ def check_access(read: Reader, variable: str, uri: str) -> None:
     read.text("MLFLOW_TRACKING_PASSWORD")
 
 
-def fetch_model(uri: str, destination: Path) -> None:
-    """Put the model at `uri` into the existing directory `destination`, `MLmodel` at its root, every file checked.
-
-    Raises `ConfigError` for a URI of no known form, `RoleError` when it can't be had.
-    """
-    if why := check_uri(uri):
-        raise ConfigError([f"{uri!r} {why}"])
-    source = persist(lambda: resolve(uri), Retry())
-    Transfer(source, destination).run(Retry())
-
-
-def persist(action: Callable[[], T], retry: Retry) -> T:
+def persist(action: Callable[[], T], retry: Retry, wait: Callable[[float], object] = time.sleep) -> T:
     """Run `action`, and again after each failure worth retrying; raises the last one's error."""
     delays = retry.delays()
     while True:
@@ -149,40 +150,40 @@ def persist(action: Callable[[], T], retry: Retry) -> T:
             if delay is None:
                 raise
             logger.warning("%s; trying again in %.1f s", error, delay)
-            time.sleep(delay)
+            wait(delay)
 
 
 def resolve(uri: str) -> Source:
-    """Find the model at `uri` and list its files, recursively.
+    """Find the model at `uri` and list its root.
 
     Raises `Unreachable` for failures worth retrying, else `RoleError`: it does not exist, access was refused, there
     is no model there.
     """
-    with _explained(uri):
+    with explained(uri):
         repository, root, identity = _locate(uri)
-        files = list(_walk(repository, root, root))
-    _check_names(uri, [file.path for file in files])
-
-    def download(path: str, local: str) -> None:
-        with _explained(uri):
-            repository._download_file(f"{root}/{path}" if root else path, local)
-
-    if "name" not in identity:
-        # No registry vouches for what is there, and a listing doesn't change when a file does: MLmodel tells models
-        # apart, as it holds the id and the time of logging.
-        identity = {**identity, "mlmodel": _digest_remote(download)}
-    return Source(uri, identity, files, download)
+        store = _Artifacts(uri, repository, root)
+        files, directories = store.list()
+        listing = [(file.path, file.size) for file in files] + [(f"{name}/", None) for name in directories]
+        if MODEL_FILE not in (file.path for file in files):
+            raise _no_model(uri, [file.path for file in _walk(store, listing)])
+        if "name" not in identity:
+            # No registry vouches for what is there, and a listing doesn't change when a file does: MLmodel tells models
+            # apart, as it holds the id and the time of logging.
+            identity = {**identity, "mlmodel": _digest_remote(store)}
+    return Source(uri, identity, listing, store)
 
 
-def _check_names(uri: str, names: Sequence[str]) -> None:
-    if MODEL_FILE not in names:
-        nested = next((name for name in names if name.endswith(f"/{MODEL_FILE}")), None)
-        if not names:
-            raise RoleError(f"no MLflow model at {uri}: nothing is there")
-        hint = f"; there is one at {nested}, ask for {uri.rstrip('/')}/{PurePosixPath(nested).parent}" if nested else ""
-        raise RoleError(f"no MLflow model at {uri}: no {MODEL_FILE} among its {len(names)} files{hint}")
+def _no_model(uri: str, names: Sequence[str]) -> RoleError:
+    if not names:
+        return RoleError(f"no MLflow model at {uri}: nothing is there")
+    nested = next((name for name in names if name.endswith(f"/{MODEL_FILE}")), None)
+    hint = f"; there is one at {nested}, ask for {uri.rstrip('/')}/{PurePosixPath(nested).parent}" if nested else ""
+    return RoleError(f"no MLflow model at {uri}: no {MODEL_FILE} among its {len(names)} files{hint}")
+
+
+def check_names(uri: str, names: Sequence[str]) -> None:
+    """Raise `RoleError` for names by which a listing, somebody else's word, would choose where files go."""
     for name in names:
-        # A listing is somebody else's word; it must not choose where files go.
         if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
             raise RoleError(f"{uri} lists a file with the unsafe name {name!r}; nothing was downloaded")
     if len(set(names)) != len(names):
@@ -279,148 +280,130 @@ def _model_of_run(client: Any, run_id: str, experiment_id: str, name: str) -> An
             return None
 
 
-def _walk(repository: Any, directory: str, root: str) -> Iterator[RemoteFile]:
-    for info in repository.list_artifacts(directory or None):
-        if info.is_dir:
-            yield from _walk(repository, info.path, root)
+def _walk(store: Store, listing: Sequence[tuple[str, int | None]]) -> Iterator[RemoteFile]:
+    for path, size in listing:
+        if path.endswith("/"):
+            files, directories = store.list(path.rstrip("/"))
+            yield from files
+            yield from _walk(store, [(f"{name}/", None) for name in directories])
         else:
-            yield RemoteFile(info.path[len(root) + 1 :] if root else info.path, info.file_size)
+            yield RemoteFile(path, size)
 
 
-def _digest_remote(download: Callable[[str, str], None]) -> str:
+def _digest_remote(store: Store) -> str:
     with tempfile.TemporaryDirectory() as directory:
         local = Path(directory, MODEL_FILE)
-        download(MODEL_FILE, str(local))
+        store.download(MODEL_FILE, str(local))
         return hashlib.sha256(local.read_bytes()).hexdigest()
 
 
-class Transfer:
-    """One model's way to `destination`. What has arrived whole is kept between attempts."""
-
-    def __init__(self, source: Source, destination: Path) -> None:
-        self.source = source
-        self.destination = destination
-        self.done: dict[str, File] = {}
-
-    def run(self, retry: Retry) -> list[File]:
-        """Bring every file, and return them with size and sha256.
-
-        Raises `RoleError` when there is no room, `Damaged` or `Unreachable` when the attempts are used up.
-        """
-        self._check_space()
-        with _Progress(self.source, self.destination):
-            files = persist(self._attempt, retry)
-        if "name" in self.source.identity:
-            files = [file for file in files if file.path != REGISTERED_MODEL_META]
-            files.append(self._registered_model_meta())
-        return files
-
-    def _check_space(self) -> None:
-        free = shutil.disk_usage(self.destination).free
-        if self.source.bytes > free:
-            raise RoleError(
-                f"{self.source.uri} needs {human(self.source.bytes)} in {len(self.source.files)} files, but only "
-                f"{human(free)} are free at {self.destination}; nothing was downloaded. Enlarge the volume or its "
-                f"sizeLimit, or let cleanup.py free the cache"
-            )
-
-    def _attempt(self) -> list[File]:
-        pending = [file for file in self.source.files if file.path not in self.done]
-        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            futures = [pool.submit(self._one, file) for file in pending]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        return [self.done[file.path] for file in self.source.files]
-
-    def _one(self, file: RemoteFile) -> None:
-        local = self.destination / file.path
-        local.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.source.download(file.path, str(local))
-            arrived = local.stat().st_size
-        except FileNotFoundError as error:
-            raise Damaged(f"{file.path} of {self.source.uri} did not arrive ({error})") from error
-        if file.size is not None and arrived != file.size:
-            raise Damaged(
-                f"{file.path} of {self.source.uri} arrived with {arrived} bytes instead of the {file.size} listed"
-            )
-        local.chmod(0o644)  # a local store's own modes may keep other users' containers out
-        self.done[file.path] = File(file.path, arrived, digest(local))
-
-    def _registered_model_meta(self) -> File:
-        """MLflow leaves this file in a registered model it downloads, and so says the model's name and version."""
-        import yaml
-
-        identity = self.source.identity
-        path = self.destination / REGISTERED_MODEL_META
-        content = {"model_name": identity["name"], "model_version": identity["version"]}
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return File(REGISTERED_MODEL_META, path.stat().st_size, digest(path))
+# The answers of which the body is a file, or the lack of one is no surprise.
+_BODIES = (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
 
 
-class _Progress:
-    """Says how far a transfer has come: a log line every few seconds, or one rewriting line on a terminal."""
+class _Artifacts:
+    """A `Store` that is one of MLflow's artifact repositories, or a directory in one."""
 
-    def __init__(self, source: Source, destination: Path) -> None:
-        self.total = source.bytes
-        self.count = len(source.files)
-        self.destination = destination
-        self.started = time.monotonic()
-        self.stop = threading.Event()
-        self.terminal = sys.stderr.isatty()
-        self.thread = threading.Thread(target=self._report, name="progress", daemon=True)
+    def __init__(self, uri: str, repository: Any, root: str) -> None:
+        from mlflow.environment_variables import MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD
+        from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 
-    def __enter__(self) -> None:
-        logger.info("downloading %d files, %s", self.count, human(self.total))
-        self.thread.start()
+        self.uri = uri
+        self.repository = repository
+        self.root = root
+        inner = getattr(repository, "repo", repository)
+        # The user may have it that the tracking server only signs URLs of its store.
+        proxied = isinstance(inner, HttpArtifactRepository) and not MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD.get()
+        self.http = inner if proxied else None
+        self.way: _Way | None = None
 
-    def __exit__(self, failed: object, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        if self.terminal:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-        if not failed:
-            seconds = max(time.monotonic() - self.started, 1e-9)
-            logger.info("downloaded %s in %.1f s, %.1f MB/s", human(self.total), seconds, self.total / seconds / 1e6)
+    def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
+        with explained(self.uri):
+            found = self.repository.list_artifacts(self._whole(directory) or None)
+        start = len(self.root) + 1 if self.root else 0
+        files = [RemoteFile(one.path[start:], one.file_size) for one in found if not one.is_dir]
+        return files, [one.path[start:] for one in found if one.is_dir]
 
-    def _report(self) -> None:
-        while not self.stop.wait(TERMINAL_PROGRESS_SECONDS if self.terminal else PROGRESS_SECONDS):
-            line = self.line(self._arrived(), time.monotonic() - self.started)
-            if self.terminal:
-                sys.stderr.write(f"\r\033[K{line}")
-                sys.stderr.flush()
-            else:
-                logger.info("%s", line)
+    def open(self, path: str, offset: int) -> BaseHTTPResponse | None:
+        if self.http is None:
+            return None
+        from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
-    def line(self, arrived: int, seconds: float) -> str:
-        percent = 100 * arrived / self.total if self.total else 0.0
-        rate = arrived / seconds
-        left = f"{max(0.0, self.total - arrived) / rate:.0f} s" if rate else "unknown"
-        return f"{percent:.0f}% of {human(self.total)}, {rate / 1e6:.1f} MB/s, ETA {left}"
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
+        # MLflow itself would cut the path at a # and decode a %.
+        endpoint = f"/{urllib.parse.quote(self._whole(path))}"
+        with explained(self.uri):
+            if self.way and (answer := self.way.open(endpoint, headers)):
+                return answer
+            credentials = self.http._host_creds
+            asked: requests.Response = http_request(credentials, endpoint, "GET", stream=True, extra_headers=headers)
+            if asked.status_code not in _BODIES:
+                augmented_raise_for_status(asked)
+            signed = credentials.auth or credentials.aws_sigv4 or credentials.use_databricks_sdk
+            if not signed and not asked.history:
+                self.way = _Way(asked, endpoint, credentials)
+        return cast("BaseHTTPResponse", asked.raw)
 
-    def _arrived(self) -> int:
-        size = 0
-        for directory, _, names in os.walk(self.destination):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    size += Path(directory, name).stat().st_size
-        return size
+    def download(self, path: str, local: str) -> None:
+        with explained(self.uri):
+            self.repository._download_file(self._whole(path), local)
+
+    def _whole(self, path: str) -> str:
+        return f"{self.root}/{path}".strip("/")
+
+
+class _Way:
+    """How MLflow asked for a file, to ask for others alike: over the same connections, at a fifth of the cost."""
+
+    def __init__(self, asked: requests.Response, endpoint: str, credentials: Any) -> None:
+        from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+
+        request, adapter = asked.request, asked.connection
+        url = str(request.url)
+        verify, certificate = credentials.verify, credentials.client_cert_path
+        settings = requests.Session().merge_environment_settings(url, {}, True, verify, certificate)
+        proxies = settings["proxies"]
+        self.pool: Any = adapter.get_connection_with_tls_context(
+            request, settings["verify"], proxies=proxies, cert=settings["cert"]
+        )
+        self.start = adapter.request_url(request, proxies).removesuffix(endpoint)
+        self.headers = {name: value for name, value in request.headers.items() if name != "Range"}
+        self.retries = adapter.max_retries
+        self.timeout = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+
+    def open(self, endpoint: str, headers: Mapping[str, str]) -> BaseHTTPResponse | None:
+        """None for another answer than a file: then MLflow has to ask, with its own ways with redirects and logins."""
+        answer: BaseHTTPResponse = self.pool.urlopen(
+            *("GET", self.start + endpoint),
+            headers={**self.headers, **headers},
+            retries=self.retries,
+            timeout=self.timeout,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
+        if answer.status in _BODIES:
+            return answer
+        answer.close()
+        return None
 
 
 @contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Turn whatever a store raises into `Unreachable` or a `RoleError` that says what to do."""
     try:
         yield
     except (RoleError, ConfigError):
         raise
     except Exception as error:  # every store raises its own kind
+        for one in _chain(error):
+            if isinstance(one, OSError) and one.errno in _DISK:
+                raise one from error
         raise explain(error, uri) from error
+
+
+# What the disk raises that a file is written to, never a store.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 _HINTS = {

@@ -13,18 +13,20 @@ last: whoever finds it finds a whole model.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import darwin_cache
-from darwin_cache import Manifest
+import darwin_disk
+from darwin_manifest import Manifest
 
 MODEL_FILE = "MLmodel"
 RECORD = ".darwin-output.json"
 STAGING = ".darwin-staging"
 MODEL_LINK = "model"
+_KEY = "key"
 
 
 @dataclass(frozen=True)
@@ -48,44 +50,71 @@ def read(output: Path) -> Record | None:
         return None
 
 
-def holds(output: Path, key: str) -> bool:
-    """True when the output is a whole copy of the model `key`."""
+def holds(output: Path, key: str, verify: str = "size") -> bool:
+    """True when the output is a copy of the model `key`, whole as far as `verify` (of `darwin_manifest`) looks."""
     record = read(output)
     return (
         record is not None
         and record.key == key
         and not any((output / name).is_symlink() for name in record.entries)
-        and not record.manifest.damage(output)
+        and not record.manifest.damage(output, verify)
     )
 
 
-def stage(output: Path) -> Path:
-    """An empty directory, on the output's own file system, to put a model together in."""
+def stage(output: Path, key: str) -> Path:
+    """A directory, on the output's own file system, to put the model `key` together in: with what an earlier run left
+    of it, otherwise empty."""
     staging = output / STAGING
-    darwin_cache.remove_tree(staging)
-    staging.mkdir(parents=True)
+    mark = staging / _KEY
+    if not (mark.is_file() and mark.read_text(encoding="utf-8") == key):
+        darwin_disk.remove_tree(staging)
+        staging.mkdir(parents=True)
+        darwin_disk.write_atomically(mark, key)
     return staging
+
+
+def unstage(output: Path) -> None:
+    """Remove what an earlier run left staged."""
+    darwin_disk.remove_tree(output / STAGING)
+
+
+def staged(staging: Path) -> tuple[Path, Path]:
+    """Where the model is in a staging directory, and where its parts are."""
+    return staging / "model", staging / "parts"
 
 
 def move(staging: Path, output: Path, key: str, manifest: Manifest) -> None:
     """Put the staged files at the output. Raises `ValueError` when they are not what the manifest says."""
     if damage := manifest.damage(staging):
         raise ValueError(f"not placed, {'; '.join(damage)}")
-    darwin_cache.sync_tree(staging)
+    darwin_disk.sync_tree(staging)
     _place(staging, output, key, manifest, lambda source, target: source.rename(target), ".")
-    darwin_cache.remove_tree(staging)
+    unstage(output)
 
 
 def link(model: Path, output: Path, key: str, manifest: Manifest) -> None:
-    """Put links to the cached model's entries at the output."""
-    _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), str(model))
+    """Put links to the cached model's entries at the output, unless they are there."""
+    if not _links(output, key, model):
+        _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), str(model))
+
+
+def _links(output: Path, key: str, model: Path) -> bool:
+    """Whether the output is links to the model `key` in `model`."""
+    record, entries = read(output), sorted(os.listdir(model))
+    if not record or record.key != key or record.entries != entries or not os.path.lexists(output / MODEL_LINK):
+        return False
+    try:
+        return all((output / name).readlink() == model / name for name in entries)
+    except OSError:
+        return False  # something else than a link is there, or nothing
 
 
 def copy(model: Path, output: Path, key: str, manifest: Manifest) -> None:
     """Put a copy of the cached model at the output, for main containers that don't mount the cache."""
-    staging = stage(output)
-    shutil.copytree(model, staging, dirs_exist_ok=True)
-    move(staging, output, key, manifest)
+    unstage(output)
+    copied, _ = staged(output / STAGING)
+    shutil.copytree(model, copied)
+    move(copied, output, key, manifest)
 
 
 def _place(
@@ -98,19 +127,19 @@ def _place(
 ) -> None:
     entries = sorted(path.name for path in model.iterdir())
     before = read(output)
-    darwin_cache.remove_tree(output / MODEL_FILE)
+    darwin_disk.remove_tree(output / MODEL_FILE)
     # Written before anything is placed: a run that dies in between must not leave entries that nobody owns.
     owned = set(entries) | set(before.entries if before else ())
-    darwin_cache.write_atomically(output / RECORD, _dump(key, manifest, sorted(owned)))
+    darwin_disk.write_atomically(output / RECORD, _dump(key, manifest, sorted(owned)))
     for name in owned:
-        darwin_cache.remove_tree(output / name)
+        darwin_disk.remove_tree(output / name)
     for name in _model_file_last(entries):
         put(model / name, output / name)
     link = output / MODEL_LINK
     if MODEL_LINK not in entries and (link.is_symlink() or not link.exists()):
-        darwin_cache.remove_tree(link)
+        darwin_disk.remove_tree(link)
         link.symlink_to(model_link)
-    darwin_cache.write_atomically(output / RECORD, _dump(key, manifest, entries))
+    darwin_disk.write_atomically(output / RECORD, _dump(key, manifest, entries))
 
 
 def _model_file_last(names: list[str]) -> Iterator[str]:

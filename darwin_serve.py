@@ -18,6 +18,7 @@ Environment (empty means unset):
   MAX_BATCH_ROWS, MAX_QUEUE_ROWS
                           rows that go to the model at once, 256, and that may wait, 100000
   FAST_PATH               auto or off: call the model directly where that is proven to answer what MLflow answers
+  VERIFY                  size, sha256 or off: how to compare the files with what was downloaded, before loading
   DRAIN_SECONDS           how long requests are still taken after SIGTERM, while /ready says no; 5
   SERVING_MODEL_CONFIG    JSON object, the model_config of MLflow models that read one
   LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME
@@ -53,7 +54,9 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 import darwin_fetch
+import darwin_manifest
 import darwin_memory
+import darwin_transfer
 import darwin_workers
 from darwin_cpus import cpu_limit, default_workers, share_cpus
 from darwin_env import Reader
@@ -101,6 +104,7 @@ class Settings:
     queue_rows: int
     fast_path: bool
     drain_seconds: float
+    verify: str
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
@@ -129,6 +133,7 @@ class Settings:
             queue_rows=read.integer("MAX_QUEUE_ROWS", 100_000, least=1),
             fast_path=read.choice("FAST_PATH", "auto", ("auto", "off")) == "auto",
             drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
+            verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
         )
         urls = {"FEATURE_STORE_URL": settings.store_url, "OFS_ADMIN_URL": settings.store_admin_url}
         for name, url in urls.items():
@@ -282,14 +287,16 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
 def fetch(settings: Settings, directory: Path) -> None:
     """Download a model that has only a URI to `directory`. Raises `RoleError`."""
     if settings.model_path is None:
-        darwin_fetch.fetch_model(settings.model_uri, directory)
+        darwin_transfer.fetch_model(settings.model_uri, directory)
 
 
 def load(settings: Settings, directory: Path) -> Model:
     """The model, after `fetch`; it is not run yet. Raises `RoleError`."""
     import darwin_startup
 
-    return darwin_startup.load(settings.model_path or directory, settings.model_config, settings.method)
+    return darwin_startup.load(
+        settings.model_path or directory, settings.model_config, settings.method, settings.verify
+    )
 
 
 def work(

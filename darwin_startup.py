@@ -18,6 +18,7 @@ import darwin_protocols as protocols
 from darwin_cells import InputError
 from darwin_json import Unwritable
 from darwin_log import RoleError, mask_uri
+from darwin_manifest import Manifest
 from darwin_model import Model, PredictionFailed, Refused
 from darwin_plan import Rows
 from darwin_protocols import Malformed
@@ -110,40 +111,42 @@ def self_test(model: Model) -> str:
     return "it answered its own input example"
 
 
-def _manifest(directory: Path) -> darwin_cache.Manifest | None:
+def _manifest(directory: Path) -> Manifest | None:
     """What `download.py` left word of, in an output or in the cache."""
     record = darwin_output.read(directory)
     return record.manifest if record else darwin_cache.manifest_of(directory)
 
 
-def _altered(directory: Path) -> list[str]:
-    """The files whose bytes, of the right number, are not those that were downloaded; reads all of them."""
-    manifest = _manifest(directory)
-    return manifest.altered(directory) if manifest else []
-
-
-def check_whole(directory: Path) -> None:
-    """Raise `RoleError` naming each file that is missing or has not the size that was downloaded."""
+def check_whole(directory: Path, verify: str = "size") -> None:
+    """Raise `RoleError` naming each file that is not as it was downloaded, as far as `verify` looks."""
     manifest = _manifest(directory)
     try:
-        damage = manifest.damage(directory) if manifest else []
+        damage = manifest.damage(directory, verify) if manifest else []
     except OSError as error:
         raise RoleError(f"the model in {directory} cannot be read: {error}") from error
     if damage:
-        raise RoleError(f"the model is damaged: {'; '.join(damage)}. Run download.py again, which replaces it")
+        raise RoleError(
+            f"the model is damaged: {'; '.join(damage)}. Run download.py again with VERIFY={verify}, which replaces "
+            f"it: in Kubernetes, set that on the init container and delete the pod"
+        )
 
 
-def load(path: Path, model_config: Mapping[str, Any] | None = None, method: str = "") -> Model:
-    """Find, check and load the model at `path`, to be asked for `method`; it is not run. Raises `RoleError`."""
+def load(path: Path, model_config: Mapping[str, Any] | None = None, method: str = "", verify: str = "size") -> Model:
+    """Find, check and load the model at `path`, to be asked for `method`; it is not run. Raises `RoleError`.
+
+    `verify` is one of `darwin_manifest.VERIFY`.
+    """
     found = darwin_model.find_model(path)
-    check_whole(found)
+    check_whole(found, verify)
     logger.info("loading the model in %s", found)
     began = time.monotonic()
     try:
         model = darwin_model.load(found, model_config, method)
     except RoleError as error:
-        if altered := _altered(found):
-            raise RoleError(f"{error}. {'; '.join(altered)}: delete {found} and run download.py again") from error
+        try:
+            check_whole(found, "sha256")
+        except RoleError as damage:
+            raise RoleError(f"{error}. And {damage}") from error
         raise
     darwin_memory.give_back()
     return replace(model, load_seconds=time.monotonic() - began)

@@ -1,31 +1,44 @@
 """Init container: put one MLflow model on disk, pod-local or through the shared cache.
 
 Settings (environment variables): MODEL_URI (required), OUTPUT_PATH, STORAGE_STRATEGY (emptydir, pvc), CACHE_PATH,
-MAX_RETRIES, BACKOFF_SECONDS, DEPLOYMENT_NAME, LINK_MODE (symlink, copy), POD_NAME, LOG_LEVEL, LOG_FORMAT, ENV,
-SERVICE_NAME, and whatever MLflow itself reads: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME,
-MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID, ...
+MAX_RETRIES, BACKOFF_SECONDS, DOWNLOAD_TIMEOUT_SECONDS, VERIFY (size, sha256, off), DEPLOYMENT_NAME, LINK_MODE
+(symlink, copy), POD_NAME, LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME, and whatever MLflow itself reads:
+MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID, ...
 
 Exit codes: 0 the model is there; 1 it is not, trying again may help; 2 the settings are bad.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import darwin_cache
+import darwin_disk
 import darwin_fetch
+import darwin_manifest
 import darwin_mlflow
 import darwin_output
-from darwin_cache import Cache, Manifest, NotACache
+import darwin_transfer
+from darwin_cache import Cache, Holder, Lock, NotACache
 from darwin_env import ConfigError, Reader
-from darwin_fetch import Retry, Source, Transfer, Unreachable
+from darwin_fetch import Retry, Source, Unreachable
 from darwin_log import Redactor, RoleError, human, log_settings, mask_uri, run_role
+from darwin_manifest import Manifest
+from darwin_transfer import Deadline, Transfer
+
+# How often a pod looks whether another has finished the download, and how often it says that it waits.
+POLL_SECONDS = 0.5
+WAITING_SECONDS = 5.0
 
 logger = logging.getLogger("darwin.download")
 
@@ -38,6 +51,8 @@ class Settings:
     strategy: str
     cache: Path
     retry: Retry
+    timeout_seconds: float
+    verify: str
     deployment: str
     link_mode: str
     pod: str
@@ -55,6 +70,8 @@ class Settings:
             strategy=read.choice("STORAGE_STRATEGY", "emptydir", ("emptydir", "pvc")),
             cache=Path(read.text("CACHE_PATH", "/model-cache")),
             retry=Retry(read.integer("MAX_RETRIES", 3, least=0), read.number("BACKOFF_SECONDS", 5.0, least=0)),
+            timeout_seconds=read.number("DOWNLOAD_TIMEOUT_SECONDS", darwin_transfer.TIMEOUT_SECONDS, least=1),
+            verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
             deployment=read.text("DEPLOYMENT_NAME"),
             link_mode=read.choice("LINK_MODE", "symlink", ("symlink", "copy")),
             pod=read.text("POD_NAME", socket.gethostname()),
@@ -64,24 +81,24 @@ class Settings:
         return settings
 
 
-def to_output(settings: Settings) -> None:
+def to_output(settings: Settings, deadline: Deadline) -> None:
     """`emptydir`: the model's files at OUTPUT_PATH itself."""
     _make_output(settings.output)
     source = darwin_fetch.persist(lambda: darwin_fetch.resolve(settings.model_uri), settings.retry)
-    key = darwin_cache.make_key(source.identity, source.listing())
-    if darwin_output.holds(settings.output, key):
+    key = darwin_cache.make_key(source.identity, source.listing)
+    if darwin_output.holds(settings.output, key, settings.verify):
+        darwin_output.unstage(settings.output)
         logger.info("%s already holds %s, 0 bytes transferred", settings.output, _named(source))
         return
-    staging = darwin_output.stage(settings.output)
-    try:
-        manifest = _transfer(source, staging, settings.retry)
-        darwin_output.move(staging, settings.output, key, manifest)
-    finally:
-        darwin_cache.remove_tree(staging)
+    staging = darwin_output.stage(settings.output, key)
+    with _room_made(lambda: darwin_output.unstage(settings.output)):
+        model, parts = darwin_output.staged(staging)
+        manifest = _manifest(source, Transfer(source, model, parts, settings.retry, deadline))
+        darwin_output.move(model, settings.output, key, manifest)
     logger.info("%s is at %s", _named(source), settings.output)
 
 
-def through_cache(settings: Settings) -> None:
+def through_cache(settings: Settings, deadline: Deadline) -> None:
     """`pvc`: the model as an entry of the cache, and links to it (or a copy of it) at OUTPUT_PATH."""
     try:
         cache = Cache.prepare(settings.cache)
@@ -89,7 +106,7 @@ def through_cache(settings: Settings) -> None:
         raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
     except OSError as error:
         raise RoleError(
-            f"cannot write to CACHE_PATH {settings.cache} ({error.strerror}); "
+            f"cannot write to CACHE_PATH {settings.cache} ({darwin_disk.explain(error)}); "
             f"mount the cache's volume there, writable by user {os.getuid()}"
         ) from error
     try:
@@ -97,33 +114,106 @@ def through_cache(settings: Settings) -> None:
     except Unreachable as error:
         key = _last_known(cache, settings, error)
     else:
-        key = _cached(cache, settings, source)
+        key = _cached(cache, settings, source, deadline)
     cache.touch(key)
     if settings.deployment:
         cache.set_alias(darwin_cache.make_alias(settings.deployment, settings.model_uri), key)
     _provide(cache, settings, key)
 
 
-def _cached(cache: Cache, settings: Settings, source: Source) -> str:
-    """Make sure that the cache has `source`, whole; return its key."""
-    key = darwin_cache.make_key(source.identity, source.listing())
+def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline) -> str:
+    """Make sure that the cache has `source`, whole; return its key. Of several pods one downloads, the others wait."""
+    key = darwin_cache.make_key(source.identity, source.listing)
     # Before looking: from here on cleanup keeps the entry, or had already moved it out of sight.
     cache.lease(settings.pod, str(settings.output), key)
-    if cache.has(key) and (damage := cache.damage(key)):
-        logger.warning("replacing the damaged cache entry %s: %s", key, "; ".join(damage))
-        cache.discard_damaged(key)
-    if cache.has(key):
-        logger.info("%s is in the cache as %s, 0 bytes transferred", _named(source), key)
+    waiting = _Waiting(key)
+    while not _has(cache, settings, key):
+        held = cache.try_lock(key, f"{settings.pod} {settings.output}")
+        if isinstance(held, Holder):
+            deadline.check(f"waiting for {held.owner} to download {source.uri}")
+            waiting.say(held)
+            time.sleep(POLL_SECONDS)
+        # It may have come between the look and the lock.
+        elif _has(cache, settings, key):
+            held.release(done=True)
+        else:
+            _fill(cache, settings, source, key, held, deadline)
+            break
     else:
-        staging = cache.stage(key)
-        try:
-            manifest = _transfer(source, darwin_cache.model_of(staging), settings.retry)
-            first = cache.publish(staging, key, manifest)
-        finally:
-            darwin_cache.remove_tree(staging)
-        logger.info("%s %s as %s", _named(source), "published" if first else "was published meanwhile", key)
+        logger.info("%s is in the cache as %s, 0 bytes transferred", _named(source), key)
     cache.set_ref(mask_uri(settings.tracking_uri), settings.model_uri, key)
     return key
+
+
+def _has(cache: Cache, settings: Settings, key: str) -> bool:
+    """Whether the entry is there and whole; a damaged one is left until it can be replaced."""
+    if not cache.has(key):
+        return False
+    if damage := cache.damage(key, settings.verify):
+        logger.warning("the cache entry %s is damaged and will be replaced: %s", key, "; ".join(damage))
+    return not damage
+
+
+def _fill(cache: Cache, settings: Settings, source: Source, key: str, lock: Lock, deadline: Deadline) -> None:
+    staging = cache.stage(key, lock)
+    done = False
+    try:
+        model, parts = darwin_cache.model_of(staging), darwin_cache.parts_of(staging)
+        transfer = Transfer(source, model, parts, settings.retry, deadline)
+        with _beating(lock, transfer), _room_made(lambda: cache.discard(staging)):
+            first = cache.publish(staging, key, _manifest(source, transfer), settings.verify)
+        done = True
+    finally:
+        lock.release(done=done)
+    logger.info("%s %s as %s", _named(source), "published" if first else "was published meanwhile", key)
+
+
+@contextlib.contextmanager
+def _beating(lock: Lock, transfer: Transfer) -> Iterator[None]:
+    """Show those who wait that the download goes on."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(darwin_cache.HEARTBEAT_SECONDS):
+            lock.beat(transfer.arrived(), transfer.total)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _room_made(discard: Callable[[], None]) -> Iterator[None]:
+    """What has arrived is kept for the next attempt, but not where it fills the volume that others need, too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            discard()
+        raise
+
+
+class _Waiting:
+    """Says now and then who is waited for."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.said = 0.0
+
+    def say(self, holder: Holder) -> None:
+        if time.monotonic() - self.said > WAITING_SECONDS:
+            self.said = time.monotonic()
+            percent = (
+                f"{100 * holder.arrived / holder.total:.0f}% of {human(holder.total)}" if holder.total else "begun"
+            )
+            logger.info(
+                "waiting for %s, which downloads %s: %s, last heard of %.0f s ago",
+                *(holder.owner or "another pod", self.key, percent, holder.silence),
+            )
 
 
 def _last_known(cache: Cache, settings: Settings, error: Unreachable) -> str:
@@ -133,7 +223,7 @@ def _last_known(cache: Cache, settings: Settings, error: Unreachable) -> str:
         raise RoleError(f"{error}; and the cache {settings.cache} has never held this URI's model") from error
     key, age = ref
     cache.lease(settings.pod, str(settings.output), key)
-    if not cache.has(key) or cache.damage(key):
+    if not cache.has(key) or cache.damage(key, settings.verify):
         raise RoleError(f"{error}; and what it last resolved to, cache entry {key}, is not there whole") from error
     logger.warning(
         "%s. FALLING BACK to what %s resolved to %.1f hours ago: cache entry %s, %s",
@@ -155,7 +245,8 @@ def _provide(cache: Cache, settings: Settings, key: str) -> None:
             raise
         logger.info("there is no %s here; the model is in the cache only: %s", settings.output, cache.model(key))
         return
-    if settings.link_mode == "copy" and darwin_output.holds(settings.output, key):
+    if settings.link_mode == "copy" and darwin_output.holds(settings.output, key, settings.verify):
+        darwin_output.unstage(settings.output)
         logger.info("%s already holds a copy of %s", settings.output, cache.model(key))
         return
     put = darwin_output.copy if settings.link_mode == "copy" else darwin_output.link
@@ -173,14 +264,13 @@ def _make_output(output: Path) -> None:
         raise RoleError(f"cannot write to OUTPUT_PATH {output} as user {os.getuid()}; mount a writable volume there")
 
 
-def _transfer(source: Source, destination: Path, retry: Retry) -> Manifest:
-    files = Transfer(source, destination).run(retry)
-    return Manifest(mask_uri(source.uri), source.identity, files)
+def _manifest(source: Source, transfer: Transfer) -> Manifest:
+    return Manifest(mask_uri(source.uri), source.identity, transfer.run())
 
 
 def _named(source: Source) -> str:
     resolved = "".join(f", {name} {value}" for name, value in source.identity.items() if name in ("version", "run"))
-    return f"{source.uri} ({human(source.bytes)} in {len(source.files)} files{resolved})"
+    return f"{source.uri}{resolved}"
 
 
 def run(read: Reader, redact: Redactor) -> None:
@@ -188,16 +278,18 @@ def run(read: Reader, redact: Redactor) -> None:
     log_settings(read.seen, redact)
     repeats = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     logger.info(
-        "%d attempts at most; in each, MLflow itself repeats a failing request %s times",
+        "%d attempts at most for each file, %g s in all; in each, MLflow itself repeats a failing request %s times",
         settings.retry.retries + 1,
+        settings.timeout_seconds,
         read.text(repeats, darwin_mlflow.DEFAULTS[repeats]),
     )
+    deadline = Deadline(settings.timeout_seconds)
     try:
-        (through_cache if settings.strategy == "pvc" else to_output)(settings)
+        (through_cache if settings.strategy == "pvc" else to_output)(settings, deadline)
+    except NotACache as error:
+        raise RoleError(str(error)) from error
     except OSError as error:
-        raise RoleError(
-            f"cannot put {settings.model_uri} on disk: {error}; is a volume full or not writable?"
-        ) from error
+        raise RoleError(f"cannot put {settings.model_uri} on disk: {darwin_disk.explain(error)}") from error
 
 
 def main(environ: Mapping[str, str] = os.environ) -> int:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import cases, envs, liveness, machine, memory, report, samples, startup, throughput
+from bench import cases, downloads, envs, liveness, machine, memory, report, samples, startup, throughput
 from bench.outcome import Outcome, void
 from bench.processes import Failed
 from bench.servers import OURS, SERVERS
@@ -21,6 +21,7 @@ from bench.throughput import LIMITS, Throughput
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
+_CASES = (*cases.NAMES, *downloads.NAMES)
 _PEERS = tuple(dict.fromkeys(name for name in (*SERVERS, *LIMITS) if name != OURS))
 
 
@@ -38,11 +39,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Measure this server beside its peers and its limits."
     )
-    parser.add_argument("--cases", type=_some_of(cases.NAMES), help=f"only these of {','.join(cases.NAMES)}")
+    parser.add_argument("--cases", type=_some_of(_CASES), help=f"only these of {','.join(_CASES)}")
     parser.add_argument("--peers", type=_some_of(_PEERS), help=f"only these of {','.join(_PEERS)}")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (5)")
     parser.add_argument("--seconds", type=int, default=5, help="how long each time (5)")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} even if not everything is measured")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write to {RESULTS.name} even if not everything is measured"
+    )
     return parser.parse_args()
 
 
@@ -50,17 +53,21 @@ def main() -> int:
     asked = _arguments()
     if problems := machine.problems():
         sys.exit("\n".join(problems))
-    names, peers = asked.cases or list(cases.NAMES), asked.peers or list(_PEERS)
+    names, peers = asked.cases or list(_CASES), asked.peers or list(_PEERS)
     loads = [_with(case, peers) for case in cases.THROUGHPUT if case.name in names]
+    of_cache = [name for name in names if name in downloads.NAMES]
     _prepare(names, peers, loads)
-    machine.stay_on_load_core()
     # Ends the servers, too, as an interrupt does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
-    outcomes = _run(names, peers, loads, asked.rounds, asked.seconds)
-    sys.stdout.write(report.table(outcomes))
-    if asked.write or not (asked.cases or asked.peers):
-        RESULTS.write_text(report.document(outcomes, asked.rounds, asked.seconds))
-    return 0 if all(outcome.met for outcome in outcomes) else 1
+    cached = downloads.run(of_cache, asked.rounds) if of_cache else []
+    machine.stay_on_load_core()
+    served = _run(names, peers, loads, asked.rounds, asked.seconds)
+    sys.stdout.write(report.table([*served, *cached]))
+    if served and (asked.write or not (asked.cases or asked.peers)):
+        RESULTS.write_text(report.document(served, asked.rounds, asked.seconds))
+    if cached and (asked.write or not (asked.cases or asked.peers)):
+        RESULTS.write_text(report.with_downloads(RESULTS.read_text(), cached, asked.rounds))
+    return 0 if all(outcome.met for outcome in [*served, *cached]) else 1
 
 
 def _with(case: Throughput, peers: list[str]) -> Throughput:
@@ -70,6 +77,7 @@ def _with(case: Throughput, peers: list[str]) -> Throughput:
 def _prepare(names: list[str], peers: list[str], loads: list[Throughput]) -> None:
     """Make the environments and the models."""
     needed = {SERVERS[name].env for name in (OURS, *peers) if name in SERVERS}
+    needed |= {"mlflow"} if set(names) & set(downloads.NAMES) else set()
     for env in sorted(needed):
         envs.ensure(env)
     models = [case.model for case in loads]

@@ -55,7 +55,7 @@ def running(command: Sequence[str | Path], env: Mapping[str, str], log: str) -> 
     try:
         yield process
     finally:
-        _end(process)
+        end(process)
 
 
 def log_file(log: str) -> Path:
@@ -81,7 +81,8 @@ def _stat(process: int) -> tuple[int, str] | None:
     return None if fields[0] == "Z" else (int(fields[1]), fields[19])
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started."""
     # Looked up before the first signal: who loses its parent is no longer found below it.
     members = family(process.pid)
     for number in (signal.SIGTERM, signal.SIGKILL):

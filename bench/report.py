@@ -58,6 +58,36 @@ def document(outcomes: Sequence[Outcome], rounds: int, seconds: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_DOWNLOADS = "## Downloads and the cache"
+
+
+def with_downloads(document: str, outcomes: Sequence[Outcome], rounds: int) -> str:
+    """RESULTS.md with the part that `outcomes` are about made anew; it is the last."""
+    bars = [row.met for outcome in outcomes for row in outcome.rows if row.met is not None]
+    parts = [
+        document.partition(_DOWNLOADS)[0].rstrip(),
+        _DOWNLOADS,
+        (
+            f"{sum(bars)} of {len(bars)} bars are met, on the same kind of machine: "
+            f"{', '.join(machine.describe().values())}."
+        ),
+        table(outcomes).rstrip(),
+        _DOWNLOADS_METHOD.format(rounds=rounds).strip(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_DOWNLOADS_METHOD = """
+- `mlflow server` as it comes, with a directory as its store, and who downloads share all cores. Every round turns the
+  order around; a figure is the median of {rounds} rounds, "ours is" the median over the rounds of their rate.
+- The transfer hashes what arrives and has it on disk (fsync) when it ends; curl and MLflow do neither.
+- Peak memory is that of the whole process, less that of an interpreter that has imported MLflow's client.
+- A start on a warm cache is `download.py` with `STORAGE_STRATEGY=pvc` in a process that has imported MLflow, less the
+  time it waits for answers.
+- Planning is all that `cleanup.py` does with the cache and the list of pods before it removes anything.
+"""
+
+
 def _settings() -> str:
     return "\n".join(f"- **{server.title}**: {server.settings}" for server in SERVERS.values())
 
@@ -97,5 +127,6 @@ With two cores and [wrk](https://github.com/wg/wrk) (`apt-get install wrk`):
 ```sh
 make bench                                                 # everything; this file is made anew
 make bench ARGS="--cases logistic-32 --rounds 1 --peers mlflow,echo"   # a part of it, printed only
+make bench ARGS="--cases download-large,download-small --write"        # a part of it, and its part of this file
 ```
 """

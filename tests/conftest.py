@@ -1,4 +1,4 @@
-"""A clean environment for every test, and one real MLflow server for all that need one."""
+"""A clean environment for every test, and two real MLflow servers for all that need one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,8 @@ _STRAY = re.compile(
     r"""(?xi)^(
     (MLFLOW|AWS|KUBERNETES|FEATURE_STORE|OFS_ADMIN)_.* | (HTTPS?|ALL|NO)_PROXY | (REQUESTS|CURL)_CA_BUNDLE
     | MODEL_.* | OUTPUT_PATH | STORAGE_STRATEGY | CACHE_PATH | MAX_RETRIES | BACKOFF_SECONDS | DEPLOYMENT_NAME
-    | LINK_MODE | POD_NAME | NAMESPACE | TTL_DAYS | MAX_SIZE_GB | DRY_RUN | GRACE_SECONDS | HOST | PORT | ROOT_PATH
+    | DOWNLOAD_TIMEOUT_SECONDS | VERIFY | LINK_MODE | POD_NAME | NAMESPACE | TTL_DAYS | MAX_SIZE_GB
+    | LOW_WATERMARK_PERCENT | DRY_RUN | GRACE_SECONDS | METRICS_TEXTFILE | PUSHGATEWAY_URL | HOST | PORT | ROOT_PATH
     | SERVICE_NAME
     | LOG_.* | ENV | SERVING_MODEL_CONFIG | REQUEST_TIMEOUT_SECONDS
     | WORKERS | BATCHING | MAX_BATCH_ROWS | MAX_QUEUE_ROWS | FAST_PATH | DRAIN_SECONDS | .*_NUM_THREADS
@@ -131,11 +133,8 @@ class Tracking:
 
     @property
     def environ(self) -> dict[str, Any]:
-        return {
-            "MLFLOW_TRACKING_URI": self.uri,
-            "MLFLOW_TRACKING_USERNAME": self.username,
-            "MLFLOW_TRACKING_PASSWORD": self.password,
-        }
+        login = {"MLFLOW_TRACKING_USERNAME": self.username, "MLFLOW_TRACKING_PASSWORD": self.password}
+        return {"MLFLOW_TRACKING_URI": self.uri} | (login if self.username else {})
 
 
 @pytest.fixture(scope="session")
@@ -148,10 +147,23 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
         f"database_uri = sqlite:///{home}/auth.db\nadmin_username = {username}\nadmin_password = {password}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
+    with _mlflow_server(home, "--app-name", "basic-auth") as (uri, process, lines):
+        yield Tracking(uri, username, password, process, lines)
+
+
+@pytest.fixture(scope="session")
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
+    """The same without authentication, which takes the server a tenth of a second for each request."""
+    with _mlflow_server(tmp_path_factory.mktemp("open-server")) as (uri, process, lines):
+        yield Tracking(uri, "", "", process, lines)
+
+
+@contextmanager
+def _mlflow_server(home: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
     port = free_port()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
+            *(sys.executable, "-m", "mlflow", "server", *arguments),
             *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
             *("--serve-artifacts", "--artifacts-destination", str(home / "artifacts")),
@@ -167,20 +179,20 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
         text=True,
         start_new_session=True,
     )
-    tracking = Tracking(f"http://127.0.0.1:{port}", username, password, process)
-    reader = threading.Thread(target=_collect, args=(process, tracking.lines), daemon=True)
+    uri, lines = f"http://127.0.0.1:{port}", list[str]()
+    reader = threading.Thread(target=_collect, args=(process, lines), daemon=True)
     reader.start()
 
     def healthy() -> bool:
-        assert process.poll() is None, "mlflow server ended:\n" + "".join(tracking.lines)
+        assert process.poll() is None, "mlflow server ended:\n" + "".join(lines)
         try:
-            return requests.get(f"{tracking.uri}/health", timeout=5).ok
+            return requests.get(f"{uri}/health", timeout=5).ok
         except requests.ConnectionError:
             return False
 
     try:
         wait_until(healthy, "mlflow server", deadline=120)
-        yield tracking
+        yield uri, process, lines
     finally:
         # Its workers are in its own process group.
         os.killpg(process.pid, 15)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.conftest import Tracking
@@ -59,3 +61,19 @@ def log_model(tracking: Tracking, factor: float, name: str = NAME) -> Logged:
                 pip_requirements=["scikit-learn", "skops"],
             )
     return Logged(run.info.run_id, info.model_id, str(info.registered_model_version))
+
+
+def log_files(tracking: Tracking, name: str, files: Mapping[str, bytes]) -> str:
+    """Register version 1 of a model that consists of these files, which need not make sense; returns its URI."""
+    with client_of(tracking) as client, tempfile.TemporaryDirectory() as directory:
+        import mlflow
+
+        for path, content in files.items():
+            local = Path(directory, path)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            local.write_bytes(content)
+        with mlflow.start_run() as run:
+            mlflow.log_artifacts(directory, "model")
+        client.create_registered_model(name)
+        version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+    return f"models:/{name}/{version.version}"

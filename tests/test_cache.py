@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import darwin_cache
-from darwin_cache import Cache, File, Manifest, NotACache
+import darwin_disk
+from darwin_cache import Cache, Holder, Lock, NotACache
+from darwin_manifest import File, Manifest
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -19,11 +21,13 @@ def cache(tmp_path: Path) -> Cache:
     return Cache.prepare(tmp_path / "cache")
 
 
-def publish(cache: Cache, key: str, content: bytes = b"weights", uri: str = "models:/m/1") -> bool:
+def publish(
+    cache: Cache, key: str, content: bytes = b"weights", uri: str = "models:/m/1", verify: str = "size"
+) -> bool:
     staging = cache.stage(key)
     (staging / "model" / "MLmodel").write_bytes(content)
     sha = hashlib.sha256(content).hexdigest()
-    return cache.publish(staging, key, Manifest(uri, {"version": "1"}, [File("MLmodel", len(content), sha)]))
+    return cache.publish(staging, key, Manifest(uri, {"version": "1"}, [File("MLmodel", len(content), sha)]), verify)
 
 
 def test_published_is_whole(cache: Cache) -> None:
@@ -31,7 +35,7 @@ def test_published_is_whole(cache: Cache) -> None:
     assert cache.has(KEY)
     assert cache.damage(KEY) == []
     assert not list((cache.root / ".staging").iterdir())
-    [entry], strange = cache.entries()
+    [entry], strange = cache.entries(cache.now())
     assert (entry.key, entry.bytes, entry.model_uri, strange) == (KEY, 7, "models:/m/1", [])
 
 
@@ -48,6 +52,17 @@ def test_what_the_manifest_denies_is_not_published(cache: Cache) -> None:
     with pytest.raises(ValueError, match="4 bytes instead of 8"):
         cache.publish(staging, KEY, Manifest("models:/m/1", {}, [File("MLmodel", 8, "0" * 64)]))
     assert not cache.has(KEY)
+
+
+def test_other_bytes_are_replaced_where_they_are_looked_for(cache: Cache) -> None:
+    publish(cache, KEY, b"weights")
+    (cache.model(KEY) / "MLmodel").write_bytes(b"weighty")
+    assert cache.damage(KEY) == []
+    assert "sha256" in cache.damage(KEY, "sha256")[0]
+    assert cache.damage(KEY, "off") == []
+    assert not publish(cache, KEY, b"weights")
+    assert publish(cache, KEY, b"weights", verify="sha256")
+    assert cache.damage(KEY, "sha256") == []
 
 
 def test_a_damaged_winner_is_replaced(cache: Cache) -> None:
@@ -77,19 +92,17 @@ def test_what_may_not_be_looked_at_is_not_damaged(cache: Cache, monkeypatch: pyt
         cache.damage(KEY)
 
 
-def test_a_whole_entry_survives_being_thought_damaged(cache: Cache) -> None:
-    publish(cache, KEY)
-    cache.discard_damaged(KEY)
-    assert cache.damage(KEY) == []
-    os.truncate(cache.model(KEY) / "MLmodel", 2)
-    cache.discard_damaged(KEY)
-    assert not cache.has(KEY)
+def set_aside(cache: Cache, key: str) -> Path:
+    """The entry in the trash, as a cleanup leaves it."""
+    removal = cache.announce(key)
+    assert cache.carry_out(removal)
+    cache.withdraw(removal)
+    return removal.trash
 
 
 def test_nothing_damaged_comes_back(cache: Cache) -> None:
     publish(cache, KEY)
-    trash = cache.move_to_trash(KEY)
-    assert trash is not None
+    trash = set_aside(cache, KEY)
     (trash / "model" / "MLmodel").unlink()
     assert not cache.restore(trash, KEY)
     assert not cache.has(KEY)
@@ -129,10 +142,154 @@ def test_a_lease_moves_with_its_output(cache: Cache) -> None:
 def test_a_lease_written_anew_is_not_dropped(cache: Cache) -> None:
     cache.lease("pod", "/models", KEY)
     [old] = cache.leases()
-    cache.lease("pod", "/models", OTHER)
-    os.utime(next((cache.root / ".leases").iterdir()), (9, 9))
+    cache.lease("pod", "/models", KEY)
     cache.drop_lease(old)
+    assert [lease.key for lease in cache.leases()] == [KEY]
+
+
+def test_a_lease_of_the_first_version_moves_on(cache: Cache) -> None:
+    cache.lease("pod", "/models", KEY)
+    [path] = (cache.root / ".leases").iterdir()
+    stem, _, _ = path.name.removesuffix(".json").rpartition(".")
+    path.rename(path.with_name(f"{stem}.json"))
+    cache.lease("pod", "/models", OTHER)
     assert [lease.key for lease in cache.leases()] == [OTHER]
+
+
+# Removing against using
+
+
+def test_a_lease_vetoes_what_is_announced(cache: Cache) -> None:
+    publish(cache, KEY)
+    removal = cache.announce(KEY)
+    cache.lease("pod", "/models", KEY)
+    assert not cache.carry_out(removal)
+    assert cache.damage(KEY) == []
+    cache.withdraw(removal)
+    assert not list((cache.root / ".trash").iterdir())
+
+
+def test_a_lease_of_another_entry_vetoes_nothing(cache: Cache) -> None:
+    publish(cache, KEY)
+    removal = cache.announce(KEY)
+    cache.lease("pod", "/models", OTHER)
+    assert cache.carry_out(removal)
+
+
+def test_a_lease_that_comes_too_late_finds_the_entry_gone(cache: Cache) -> None:
+    publish(cache, KEY)
+    removal = cache.announce(KEY)
+    assert cache.carry_out(removal)
+    cache.lease("pod", "/models", KEY)
+    assert not cache.has(KEY)
+    assert (removal.trash / "manifest.json").exists()
+    cache.withdraw(removal)
+    assert [path.name for path in (cache.root / ".trash").iterdir()] == [removal.trash.name]
+
+
+def test_an_announced_entry_s_trash_is_its_announcer_s(cache: Cache) -> None:
+    publish(cache, KEY)
+    removal = cache.announce(KEY)
+    cache.carry_out(removal)
+    assert cache.trash() == []
+    cache.withdraw(removal)
+    assert [key for _, key in cache.trash()] == [KEY]
+
+
+def test_a_withdrawn_announcement_removes_nothing(cache: Cache) -> None:
+    publish(cache, KEY)
+    removal = cache.announce(KEY)
+    cache.withdraw(removal)
+    assert not cache.carry_out(removal)
+    assert cache.has(KEY)
+
+
+# Locks
+
+
+def test_one_of_several_gets_the_lock(cache: Cache) -> None:
+    lock = cache.try_lock(KEY, "one")
+    assert isinstance(lock, Lock)
+    lock.beat(3, 10)
+    holder = cache.try_lock(KEY, "two")
+    assert isinstance(holder, Holder)
+    assert (holder.owner, holder.arrived, holder.total, holder.alive) == ("one", 3, 10, True)
+    lock.release(done=True)
+    assert isinstance(cache.try_lock(KEY, "two"), Lock)
+
+
+@pytest.mark.parametrize("end", ["silence", "release", "restart"])
+def test_a_lock_passes_on_with_what_was_staged(end: str, cache: Cache) -> None:
+    lock = cache.try_lock(KEY, "one")
+    assert isinstance(lock, Lock)
+    first = cache.stage(KEY, lock)
+    (first / "model" / "MLmodel").write_bytes(b"whole")
+    if end == "silence":
+        os.utime(cache.root / ".locks" / KEY, (0, 0))
+    elif end == "release":
+        lock.release(done=False)
+    heir = cache.try_lock(KEY, "one" if end == "restart" else "two")
+    assert isinstance(heir, Lock)
+    staging = cache.stage(KEY, heir)
+    assert staging != first
+    assert not first.exists(), "who is not dead after all finds nothing there"
+    assert (staging / "model" / "MLmodel").read_bytes() == b"whole"
+    assert [path.name for path in (cache.root / ".locks").iterdir()] == [KEY]
+
+
+def test_who_has_lost_the_lock_does_not_release_it(cache: Cache) -> None:
+    lock = cache.try_lock(KEY, "one")
+    assert isinstance(lock, Lock)
+    os.utime(cache.root / ".locks" / KEY, (0, 0))
+    assert isinstance(cache.try_lock(KEY, "two"), Lock)
+    lock.release(done=True)
+    assert isinstance(cache.try_lock(KEY, "three"), Holder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"owner": 1}'])
+def test_a_lock_that_is_being_written_is_held(text: str, cache: Cache) -> None:
+    (cache.root / ".locks" / KEY).write_text(text)
+    assert isinstance(cache.try_lock(KEY, "two"), Holder)
+
+
+def test_only_the_key_s_own_staging_is_inherited(cache: Cache) -> None:
+    others = [f"{OTHER}.0a", "thesis"]
+    for name in (*others, f"{KEY}.0a", f"{KEY}.0b"):
+        (cache.root / ".staging" / name / "model" / "MLmodel").mkdir(parents=True)
+    lock = cache.try_lock(KEY, "one")
+    assert isinstance(lock, Lock)
+    assert list(darwin_cache.model_of(cache.stage(KEY, lock)).iterdir()) == [], "of others that may live"
+    heir = cache.try_lock(KEY, "one")
+    assert isinstance(heir, Lock)
+    staging = cache.stage(KEY, heir)
+    assert sorted(path.name for path in (cache.root / ".staging").iterdir()) == sorted([*others, staging.name])
+
+
+def test_what_nobody_shows_to_be_alive_is_inherited_by_whoever_comes(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those who take a lock over at the same time, one may find no lock at all."""
+    (cache.stage(KEY) / "model" / "MLmodel").touch()
+    monkeypatch.setattr(darwin_cache, "SILENCE_SECONDS", -1)
+    lock = cache.try_lock(KEY, "one")
+    assert isinstance(lock, Lock)
+    assert not lock.inherited
+    assert [path.name for path in (cache.stage(KEY, lock) / "model").iterdir()] == ["MLmodel"]
+
+
+def test_staging_with_a_planted_link_is_not_inherited(cache: Cache, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    lock = cache.try_lock(KEY, "one")
+    assert isinstance(lock, Lock)
+    first = cache.stage(KEY, lock)
+    (first / "model" / "extra").symlink_to(outside)
+    heir = cache.try_lock(KEY, "one")
+    assert isinstance(heir, Lock)
+    assert list((cache.stage(KEY, heir) / "model").iterdir()) == []
+
+
+# What it holds
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"pod": "p", "output": "/m", "key": "../outside"}', '{"pod": "p"}'])
@@ -156,18 +313,19 @@ def test_refs(cache: Cache) -> None:
     assert found is not None
     assert found[0] == KEY
     assert cache.ref("http://elsewhere", "models:/m@a") is None
-    cache.drop_refs_to({KEY})
+    cache.drop_dangling(3600)
+    assert cache.ref("http://mlflow", "models:/m@a") is not None
+    cache.drop_dangling(-1)
     assert cache.ref("http://mlflow", "models:/m@a") is None
 
 
 def test_trash_and_back(cache: Cache) -> None:
     publish(cache, KEY)
-    trash = cache.move_to_trash(KEY)
-    assert trash is not None
+    trash = set_aside(cache, KEY)
     assert not cache.has(KEY)
     assert [key for _, key in cache.trash()] == [KEY]
     assert KEY in cache.names(), "still asked for by that name"
-    assert cache.move_to_trash(KEY) is None
+    assert not cache.carry_out(cache.announce(KEY))
     assert cache.restore(trash, KEY)
     assert cache.damage(KEY) == []
     assert not cache.restore(trash, KEY), "another cleanup was first"
@@ -175,8 +333,7 @@ def test_trash_and_back(cache: Cache) -> None:
 
 def test_a_new_download_keeps_its_place(cache: Cache) -> None:
     publish(cache, KEY, b"old")
-    trash = cache.move_to_trash(KEY)
-    assert trash is not None
+    trash = set_aside(cache, KEY)
     publish(cache, KEY, b"new")
     assert not cache.restore(trash, KEY)
     assert (cache.model(KEY) / "MLmodel").read_bytes() == b"new"
@@ -197,9 +354,9 @@ def test_only_old_links_to_nothing_are_dropped(cache: Cache) -> None:
     publish(cache, KEY)
     for alias, key in {"c" * 64: KEY, "d" * 64: OTHER}.items():
         cache.set_alias(alias, key)
-    cache.drop_dangling_aliases(3600)
+    cache.drop_dangling(3600)
     assert len(cache.aliases()) == 2
-    cache.drop_dangling_aliases(-1)
+    cache.drop_dangling(-1)
     assert cache.aliases() == {"c" * 64: KEY}
     assert cache.has(KEY)
 
@@ -217,14 +374,17 @@ def test_a_planted_link_is_neither_entry_nor_alias(cache: Cache, tmp_path: Path)
     outside.mkdir()
     (cache.root / KEY).symlink_to(outside)
     assert cache.aliases() == {}
-    assert cache.entries() == ([], [])
+    assert cache.entries(cache.now()) == ([], [])
+    with pytest.raises(NotACache, match="remove it by hand"):
+        publish(cache, KEY)
+    assert list(outside.iterdir()) == []
 
 
 def test_strangers_are_told_apart(cache: Cache) -> None:
     (cache.root / "notes").mkdir()
     (cache.root / KEY / "model").mkdir(parents=True)
     (cache.root / "lost+found").mkdir()
-    assert cache.entries() == ([], [KEY, "notes"])
+    assert cache.entries(cache.now()) == ([], [KEY, "notes"])
 
 
 def test_keys_depend_on_identity_and_listing() -> None:
@@ -265,7 +425,7 @@ def test_find_refuses(tmp_path: Path) -> None:
             Cache.find(path)
 
 
-@pytest.mark.parametrize("name", [".staging", ".trash", ".leases", ".refs"])
+@pytest.mark.parametrize("name", [".staging", ".trash", ".leases", ".refs", ".locks"])
 def test_a_planted_link_inside_is_refused(name: str, tmp_path: Path) -> None:
     root, outside = tmp_path / "cache", tmp_path / "outside"
     Cache.prepare(root)
@@ -277,9 +437,11 @@ def test_a_planted_link_inside_is_refused(name: str, tmp_path: Path) -> None:
             use(root)
 
 
-def test_a_stranger_in_staging_is_not_abandoned(cache: Cache) -> None:
+def test_a_stranger_is_nobody_s_leftover(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache.root / ".staging" / "thesis").mkdir()
-    assert list(cache.abandoned(-1)) == []
+    (cache.root / ".trash" / "thesis").mkdir()
+    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    assert list(cache.leftovers()) == []
 
 
 def test_preparing_twice_changes_nothing(cache: Cache) -> None:
@@ -290,22 +452,44 @@ def test_preparing_twice_changes_nothing(cache: Cache) -> None:
     assert cache.has(KEY)
 
 
-def test_abandoned_by_what_happened_last(cache: Cache) -> None:
+def test_left_over_by_what_happened_last(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     staging = cache.stage(KEY)
     # A local store's copy keeps its source's times, which say nothing about the download.
     old = staging / "model" / "MLmodel"
     old.touch()
     os.utime(old, (0, 0))
     os.utime(staging, (0, 0))
-    assert list(cache.abandoned(3600)) == []
-    assert list(cache.abandoned(-1)) == [staging]
+    assert list(cache.leftovers()) == []
+    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    assert list(cache.leftovers()) == [staging]
+
+
+def test_everything_of_the_dead_is_left_over_at_last(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(cache, KEY)
+    cache.try_lock(OTHER, "one")
+    cache.stage(OTHER)
+    cache.announce(OTHER)
+    for directory in (cache.root, cache.root / ".leases", cache.root / ".trash"):
+        (directory / f".x.0{darwin_disk.TEMPORARY}").touch()
+    doomed = cache.root / ".trash" / "0.doomed"
+    (doomed / "model").mkdir(parents=True)
+    assert list(cache.leftovers()) == [doomed], "which nobody may want back"
+    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    for path in list(cache.leftovers()):
+        cache.discard(path)
+    assert sorted(path.name for path in cache.root.iterdir()) == sorted(
+        [darwin_cache.TAG_NAME, KEY, ".leases", ".locks", ".refs", ".staging", ".trash"]
+    )
+    assert not [
+        path for inner in (".leases", ".locks", ".staging", ".trash") for path in (cache.root / inner).iterdir()
+    ]
 
 
 def test_an_interrupted_write_leaves_the_old(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
-    darwin_cache.write_atomically(path, "old")
+    darwin_disk.write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        darwin_cache.write_atomically(path, "\ud800")
+        darwin_disk.write_atomically(path, "\ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -317,6 +501,6 @@ def test_removing_follows_no_link(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "link").symlink_to(outside)
-    darwin_cache.remove_tree(inside)
-    darwin_cache.remove_tree(tmp_path / "inside")
+    darwin_disk.remove_tree(inside)
+    darwin_disk.remove_tree(tmp_path / "inside")
     assert (outside / "file").exists()

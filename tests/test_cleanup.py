@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,12 @@ import pytest
 import cleanup
 import darwin_cache
 from cleanup import DAY, GIB, Decision, InUse, Settings
-from darwin_cache import Cache, Entry, File, Lease, Manifest
+from darwin_cache import Cache, Entry, Lease
 from darwin_env import Reader
+from darwin_manifest import File, Manifest
 from tests import apiserver
 from tests.apiserver import ApiServer, pod
-from tests.conftest import ROOT, Finished, clean_environ
+from tests.conftest import ROOT, Finished, clean_environ, program
 
 A, B, C, D = (letter * 64 for letter in "abcd")
 
@@ -48,12 +52,15 @@ def removed(decisions: list[Decision]) -> list[str]:
         ({"TTL_DAYS": 0}, {}, "abcd"),
         ({"TTL_DAYS": 100}, {}, ""),
         ({}, {C: {"web"}}, "d"),
-        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2}, {}, "cd"),
-        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2}, {D: {"web"}}, "bc"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2.5}, {}, "cd"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2.5}, {D: {"web"}}, "bc"),
         ({"TTL_DAYS": 100, "MAX_SIZE_GB": 4}, {}, ""),
         ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3.5}, {}, "d"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3}, {}, "cd"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3, "LOW_WATERMARK_PERCENT": 100}, {}, "d"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3.5, "LOW_WATERMARK_PERCENT": 0}, {}, "abcd"),
         ({"TTL_DAYS": 100, "MAX_SIZE_GB": 0.1}, {key: {"web"} for key in (A, B, C, D)}, ""),
-        ({"TTL_DAYS": 9, "MAX_SIZE_GB": 3}, {}, "d"),
+        ({"TTL_DAYS": 9, "MAX_SIZE_GB": 3.5}, {}, "d"),
     ],
 )
 def test_plan(environ: dict[str, object], used: dict[str, set[str]], expected: str) -> None:
@@ -72,7 +79,7 @@ def test_every_decision_says_why() -> None:
     reasons = [d.reason for d in cleanup.plan(entries, InUse({A: {"web"}}), settings(MAX_SIZE_GB=1))]
     assert reasons == [
         "in use by web",
-        "least recently used, to come below MAX_SIZE_GB=1",
+        "least recently used, to come below 90% of MAX_SIZE_GB=1",
         "unused for TTL_DAYS=7",
         "unused for TTL_DAYS=7",
     ]
@@ -286,7 +293,7 @@ def test_being_in_use_is_being_used(cache: Cache, api: ApiServer) -> None:
     lease(cache, "web", A)
     api.pods = [pod("web")]
     assert clean(cache.root, api).code == 0
-    [found], _ = cache.entries()
+    [found], _ = cache.entries(cache.now())
     assert found.idle < DAY, "or it would expire the moment its pod ends"
 
 
@@ -320,28 +327,72 @@ def test_a_namespace_without_pods_is_a_mistake(cache: Cache, api: ApiServer) -> 
     assert "NAMESPACE=defualt has no pods" in done.last
 
 
-def test_a_pod_that_comes_late_gets_its_entry_back(cache: Cache, api: ApiServer) -> None:
+def test_a_pod_that_comes_late_keeps_its_entry(cache: Cache, api: ApiServer) -> None:
     publish(cache, B, 30)
-    cache.set_alias(D, B)
 
     def late(handler: Any) -> None:
         api.pods = [pod("late", **CACHE)]
-        lease(cache, "late", B)
+        cache.lease("late", "/models", B)
+        assert cache.has(B)
         apiserver.ok(handler)
 
     api.faults = [apiserver.ok, late]
     done = clean(cache.root, api)
     assert done.code == 0, done.err
-    assert keys(cache) == "bd"
+    assert keys(cache) == "b"
+    assert cache.damage(B) == []
+    assert f"kept {B}: in use by late" in done.err
+    assert done.last.endswith("removed 0 of 1 entries, 1 spared: 0 B of 1000 B freed")
+
+
+def test_a_pod_that_comes_after_the_last_look_keeps_its_entry(cache: Cache, api: ApiServer) -> None:
+    """Which no listing shows: the pod sees that the removal is announced, and vetoes it."""
+    publish(cache, B, 30)
+    writes = cache.leases
+
+    def late(handler: Any) -> None:
+        # Old enough to be of before the listing, as it looks to the cleanup; and its pod isn't listed.
+        cache.lease("late", "/models", B)
+        [written] = writes()
+        os.utime(cache.root / ".leases" / written.name, (0, 0))
+        apiserver.ok(handler)
+
+    api.faults = [apiserver.ok, late]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+    assert f"kept {B}: a pod has just come to use it" in done.err
+    assert not list((cache.root / ".trash").iterdir())
+
+
+def test_an_entry_named_without_a_lease_comes_back(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+
+    def late(handler: Any) -> None:
+        api.pods = [pod("late", env={"MODEL_LOCAL_PATH": f"/model-cache/{B}/model"}, **CACHE)]
+        apiserver.ok(handler)
+
+    api.faults = [apiserver.ok, apiserver.ok, late]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
     assert cache.damage(B) == []
     assert f"restored {B}: in use by late" in done.err
     assert done.last.endswith("removed 0 of 1 entries, 1 restored: 0 B of 1000 B freed")
 
 
+def set_aside(cache: Cache, key: str) -> Path:
+    """The entry in the trash, as a cleanup leaves it that was killed."""
+    removal = cache.announce(key)
+    assert cache.carry_out(removal)
+    cache.withdraw(removal)
+    return removal.trash
+
+
 def test_what_an_earlier_run_left_in_the_trash(cache: Cache, api: ApiServer) -> None:
     for key in (A, B):
         publish(cache, key)
-        cache.move_to_trash(key)
+        set_aside(cache, key)
     lease(cache, "web", A)
     api.pods = [pod("web", **CACHE)]
     assert clean(cache.root, api).code == 0
@@ -349,12 +400,17 @@ def test_what_an_earlier_run_left_in_the_trash(cache: Cache, api: ApiServer) -> 
     assert not list((cache.root / ".trash").iterdir())
 
 
+def test_what_another_cleanup_has_announced_is_its_own(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    cache.carry_out(cache.announce(B))
+    assert clean(cache.root, api).code == 0
+    assert len(list((cache.root / ".trash").iterdir())) == 2
+
+
 def test_a_half_deleted_entry_never_comes_back(cache: Cache, api: ApiServer) -> None:
     """What a cleanup leaves that was killed while it deleted, and a pod that waits for its download of the same."""
     publish(cache, A)
-    trash = cache.move_to_trash(A)
-    assert trash is not None
-    (trash / "model" / "MLmodel").unlink()
+    (set_aside(cache, A) / "model" / "MLmodel").unlink()
     lease(cache, "web", A)
     api.pods = [pod("web", **CACHE)]
     assert clean(cache.root, api).code == 0
@@ -363,9 +419,7 @@ def test_a_half_deleted_entry_never_comes_back(cache: Cache, api: ApiServer) -> 
 
     api.faults = [apiserver.ok, apiserver.forbidden()]
     publish(cache, B)
-    trash = cache.move_to_trash(B)
-    assert trash is not None
-    (trash / "model" / "MLmodel").unlink()
+    (set_aside(cache, B) / "model" / "MLmodel").unlink()
     assert clean(cache.root, api).code == 1
     assert keys(cache) == ""
 
@@ -377,8 +431,8 @@ def test_aliases_and_refs_go_with_their_entry(cache: Cache, api: ApiServer) -> N
     cache.set_alias(D, B)
     cache.set_ref("http://mlflow", "models:/a/1", A)
     cache.set_ref("http://mlflow", "models:/b/1", B)
-    for alias in (C, D):
-        os.utime(cache.root / alias, (0, 0), follow_symlinks=False)
+    for path in (cache.root / C, cache.root / D, *(cache.root / ".refs").iterdir()):
+        os.utime(path, (0, 0), follow_symlinks=False)
     assert clean(cache.root, api).code == 0
     assert cache.aliases() == {C: A}
     assert cache.ref("http://mlflow", "models:/a/1") is not None
@@ -413,7 +467,84 @@ def test_not_a_cache(tmp_path: Path, api: ApiServer) -> None:
 
 
 def test_all_bad_settings_at_once(tmp_path: Path) -> None:
-    done = clean(tmp_path, TTL_DAYS="week", MAX_SIZE_GB="-1", DRY_RUN="perhaps", GRACE_SECONDS="soon")
+    bad: dict[str, object] = {"TTL_DAYS": "week", "MAX_SIZE_GB": "-1", "DRY_RUN": "perhaps", "GRACE_SECONDS": "soon"}
+    done = clean(tmp_path, None, **bad, LOW_WATERMARK_PERCENT="101")
     assert done.code == 2
-    for name in ("TTL_DAYS", "MAX_SIZE_GB", "DRY_RUN", "GRACE_SECONDS"):
+    for name in (*bad, "LOW_WATERMARK_PERCENT"):
         assert f"bad configuration: {name}=" in done.err
+
+
+# What it says of itself
+
+
+def test_the_result_is_a_line_of_json(cache: Cache, api: ApiServer) -> None:
+    publish(cache, A)
+    publish(cache, B, 30)
+    (cache.root / "notes").mkdir()
+    lease(cache, "web", A)
+    api.pods = [pod("web", **CACHE)]
+    done = clean(cache.root, api)
+    result = json.loads(done.out)
+    assert result.pop("seconds") > 0
+    assert result == {
+        "success": 1,
+        "dry_run": 0,
+        "entries": 2,
+        "bytes": 2000,
+        "entries_in_use": 1,
+        "unknown": 1,
+        "removed": 1,
+        "freed": 1000,
+        "spared": 0,
+        "restored": 0,
+    }
+    api.faults = [apiserver.forbidden()]
+    assert json.loads(clean(cache.root, api).out)["success"] == 0
+
+
+def test_the_result_as_metrics_in_a_file(cache: Cache, api: ApiServer, tmp_path: Path) -> None:
+    promtool = program("promtool", "prometheus")
+    publish(cache, B, 30)
+    file = tmp_path / "cleanup.prom"
+    assert clean(cache.root, api, METRICS_TEXTFILE=file).code == 0
+    text = file.read_text()
+    assert "darwin_model_cache_cleanup_freed_bytes 1000.0\n" in text
+    assert "darwin_model_cache_cleanup_success 1.0\n" in text
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    api.faults = [apiserver.forbidden()]
+    assert clean(cache.root, api, METRICS_TEXTFILE=file).code == 1
+    assert "darwin_model_cache_cleanup_success 0.0\n" in file.read_text()
+    assert "entries" not in file.read_text(), "what is not known is not told"
+
+
+def test_the_result_at_a_pushgateway(cache: Cache, api: ApiServer) -> None:
+    pushed: list[tuple[str, str, str]] = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            pushed.append((self.path, self.headers["Content-Type"], body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    assert clean(cache.root, api, PUSHGATEWAY_URL=address).code == 0
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    [(path, kind, body)] = pushed
+    assert path == "/metrics/job/darwin_model_cache_cleanup"
+    assert kind.startswith("text/plain; version=0.0.4")
+    assert "darwin_model_cache_entries 0.0\n" in body
+
+    done = clean(cache.root, api, PUSHGATEWAY_URL=address, METRICS_TEXTFILE="/absent/cleanup.prom")
+    assert done.code == 0, "the cache is clean all the same"
+    assert f"cannot push to PUSHGATEWAY_URL={address}" in done.err
+    assert "cannot write METRICS_TEXTFILE=/absent/cleanup.prom" in done.err

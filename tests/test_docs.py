@@ -126,6 +126,7 @@ def test_make_says_what_can_be_made() -> None:
         "clients",
         "run",
         "test",
+        "soak",
         "lint",
         "bench",
         "lock",

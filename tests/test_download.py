@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import random
 import signal
@@ -12,7 +10,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ import pytest
 
 import darwin_cache
 import darwin_output
-from darwin_cache import Cache, Manifest
+from darwin_cache import Cache
+from darwin_manifest import Manifest
 from tests import proxy
 from tests.conftest import ROOT, Finished, Tracking, clean_environ, free_port, run_role, wait_until
 from tests.proxy import Proxy, proxying
@@ -364,7 +363,14 @@ def test_it_ends_at_once_when_asked_to(tmp_path: Path) -> None:
     assert err.endswith("stopped by SIGTERM\n")
 
 
-@pytest.mark.parametrize("fault", [proxy.status(500), proxy.status(503), proxy.cut_short, proxy.dropped])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(proxy.status(500), proxy.status(503), proxy.status(429), proxy.cut_short, proxy.cut_short_of_its_length),
+        *(proxy.dropped, proxy.flipped_bit, proxy.stalled, proxy.signed_out),
+    ],
+    ids=lambda fault: fault.__name__,
+)
 @pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
 def test_a_spoiled_file_is_fetched_again(
     fault: proxy.Fault,
@@ -381,6 +387,7 @@ def test_a_spoiled_file_is_fetched_again(
         mlflow_server,
         MLFLOW_TRACKING_URI=through_proxy.uri,
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+        MLFLOW_HTTP_REQUEST_TIMEOUT="2",
         STORAGE_STRATEGY=strategy,
     )
     assert done.code == 0, done.err
@@ -389,6 +396,8 @@ def test_a_spoiled_file_is_fetched_again(
     fetched = through_proxy.downloads()
     assert sum("model.skops" in path for path in fetched) == 3
     assert sum("MLmodel" in path for path in fetched) == 1, "what had arrived is kept between attempts"
+    if fault in (proxy.cut_short, proxy.cut_short_of_its_length, proxy.stalled):
+        assert [int(part.strip("bytes=-")) > 0 for part in through_proxy.ranges] == [True, True]
 
 
 def test_always_short_is_never_used(
@@ -407,8 +416,66 @@ def test_always_short_is_never_used(
     assert "model.skops" in done.last
     assert "listed" in done.last
     assert keys(tmp_path / "cache") == []
-    assert not list((tmp_path / "cache" / ".staging").iterdir())
     assert not (tmp_path / "models" / "MLmodel").exists()
+    [left] = (tmp_path / "cache" / ".staging").iterdir()
+    assert (left / "model" / "MLmodel").exists(), "what has arrived is kept"
+
+    pvc = {"STORAGE_STRATEGY": "pvc", "MLFLOW_TRACKING_URI": through_proxy.uri}
+    again = download(tmp_path, f"models:/{NAME}/1", mlflow_server, **pvc, POD_NAME="another")
+    assert again.code == 0, again.err
+    assert "already here" in again.err
+    assert not list((tmp_path / "cache" / ".staging").iterdir())
+
+
+def test_a_store_that_ignores_ranges(
+    versions: list[Logged], through_proxy: Proxy, mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    through_proxy.faults = [("artifacts/model.skops", proxy.cut_short), ("artifacts/model.skops", proxy.range_ignored)]
+    done = download(tmp_path, f"models:/{NAME}/1", mlflow_server, MLFLOW_TRACKING_URI=through_proxy.uri)
+    assert done.code == 0, done.err
+    assert len(through_proxy.ranges) == 1
+    assert coefficient(tmp_path / "models") == 1
+
+
+def test_redirects_are_followed(
+    versions: list[Logged], through_proxy: Proxy, mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    through_proxy.faults = [("artifacts/model.skops", proxy.redirected)] * 2
+    done = download(tmp_path, f"models:/{NAME}/1", mlflow_server, MLFLOW_TRACKING_URI=through_proxy.uri)
+    assert done.code == 0, done.err
+    assert "trying again" not in done.err
+    assert coefficient(tmp_path / "models") == 1
+
+
+def test_time_is_bounded(through_proxy: Proxy, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
+    through_proxy.faults = [("artifacts/model.skops", proxy.status(503))] * 1000
+    done = download(
+        tmp_path,
+        f"models:/{NAME}/1",
+        mlflow_server,
+        MLFLOW_TRACKING_URI=through_proxy.uri,
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+        MAX_RETRIES="900",
+        DOWNLOAD_TIMEOUT_SECONDS="1",
+    )
+    assert done.code == 1
+    assert "901 attempts at most for each file, 1 s in all" in done.err
+    assert "not done within DOWNLOAD_TIMEOUT_SECONDS=1" in done.last
+
+
+@pytest.mark.parametrize(
+    "uri", ["models:/{name}/1", "models:/{name}@champion", "models:/{model_id}", "runs:/{run}/model"]
+)
+def test_a_hit_asks_little_of_mlflow(
+    uri: str, versions: list[Logged], through_proxy: Proxy, mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    asked = uri.format(name=NAME, **vars(versions[0]))
+    pvc = {"STORAGE_STRATEGY": "pvc", "MLFLOW_TRACKING_URI": through_proxy.uri}
+    assert download(tmp_path, asked, mlflow_server, **pvc).code == 0
+    through_proxy.paths.clear()
+    hit = download(tmp_path, asked, mlflow_server, **pvc)
+    assert "0 bytes transferred" in hit.err
+    assert 0 < len(through_proxy.paths) <= 4, through_proxy.paths
 
 
 def test_mlflow_down_falls_back_loudly(versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
@@ -445,13 +512,54 @@ def test_a_damaged_entry_is_replaced(local_model: Path, tmp_path: Path) -> None:
     assert whole(cache.model(key), cache.manifest(key))
 
 
+def test_other_bytes_are_found_and_replaced_on_demand(local_model: Path, tmp_path: Path) -> None:
+    assert download(tmp_path, str(local_model), STORAGE_STRATEGY="pvc").code == 0
+    cache = Cache(tmp_path / "cache")
+    [key] = keys(cache.root)
+    big = cache.model(key) / "extra" / "big"
+    big.write_bytes(bytes(big.stat().st_size))
+    assert "0 bytes transferred" in download(tmp_path, str(local_model), STORAGE_STRATEGY="pvc").err
+    done = download(tmp_path, str(local_model), STORAGE_STRATEGY="pvc", VERIFY="sha256")
+    assert done.code == 0, done.err
+    assert "extra/big: not the bytes that were downloaded" in done.err
+    assert whole(cache.model(key), cache.manifest(key))
+
+
+def test_a_damaged_entry_is_no_fallback(versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
+    pvc = {"STORAGE_STRATEGY": "pvc", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MAX_RETRIES": "0"}
+    with proxying(mlflow_server.uri) as up:
+        pvc["MLFLOW_TRACKING_URI"] = up.uri
+        assert download(tmp_path, f"models:/{NAME}/1", mlflow_server, **pvc).code == 0
+    cache = Cache(tmp_path / "cache")
+    [key] = keys(cache.root)
+    os.truncate(cache.model(key) / "model.skops", 1)
+    done = download(tmp_path, f"models:/{NAME}/1", mlflow_server, **pvc)
+    assert done.code == 1
+    assert "is not there whole" in done.last
+    assert keys(cache.root) == [key], "it stays until it can be replaced"
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_an_answer_is_no_reason_to_fall_back(
+    code: int, versions: list[Logged], through_proxy: Proxy, mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    pvc = {"STORAGE_STRATEGY": "pvc", "MLFLOW_TRACKING_URI": through_proxy.uri}
+    assert download(tmp_path, f"models:/{NAME}/1", mlflow_server, **pvc).code == 0
+    through_proxy.faults = [("model-versions/get", proxy.status(code))]
+    done = download(tmp_path, f"models:/{NAME}/1", mlflow_server, **pvc)
+    assert done.code == 1
+    assert str(code) in done.last
+    assert "FALLING BACK" not in done.err
+
+
 def test_a_half_filled_output_converges(local_model: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     (models / "extra").mkdir(parents=True)
     (models / "extra" / "big").write_bytes(b"half")
     (models / "lost+found").mkdir()
     (models / darwin_output.STAGING).mkdir()
-    (models / darwin_output.STAGING / "model.skops").write_bytes(b"half")
+    (models / darwin_output.STAGING / "model").mkdir()
+    (models / darwin_output.STAGING / "model" / "model.skops").write_bytes(b"half")
     assert download(tmp_path, str(local_model)).code == 0
     assert coefficient(models) == 3
     assert (models / "extra" / "big").stat().st_size == 3_000_000
@@ -514,46 +622,3 @@ def test_no_secret_at_debug(
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(left) > 5
     assert not [path for path in left if mlflow_server.password.encode() in path.read_bytes()]
-
-
-# Killed
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_kill_leaves_nothing_partial(seed: int, local_model: Path, tmp_path: Path) -> None:
-    """SIGKILL right after a step shows on disk, or a random moment later; then the next run must succeed."""
-    marks: list[Callable[[], bool]] = [
-        lambda: (tmp_path / "cache" / darwin_cache.TAG_NAME).exists(),
-        lambda: any((tmp_path / "cache" / ".leases").glob("*.json")),
-        lambda: any((tmp_path / "cache" / ".staging").glob("*/model/*")),
-        lambda: any((tmp_path / "cache" / ".staging").glob("*/manifest.json")),
-        lambda: (tmp_path / "models" / darwin_output.RECORD).exists(),
-        lambda: (tmp_path / "models" / "requirements.txt").is_symlink(),
-    ]
-    chance = random.Random(seed)
-    settings = {"MODEL_URI": local_model, "OUTPUT_PATH": tmp_path / "models", "CACHE_PATH": tmp_path / "cache"}
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "download.py"],
-        env=clean_environ(STORAGE_STRATEGY="pvc", **settings),
-        stderr=subprocess.DEVNULL,
-    )
-    mark = marks[seed % len(marks)]
-    wait_until(lambda: mark() or process.poll() is not None, "a step of the download")
-    if seed >= len(marks):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0, 0.05))
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-
-    cache = Cache(tmp_path / "cache")
-    for key in keys(cache.root):
-        assert whole(cache.model(key), cache.manifest(key))
-    if (tmp_path / "models" / "MLmodel").exists():
-        assert coefficient(tmp_path / "models") == 3
-
-    done = download(tmp_path, str(local_model), STORAGE_STRATEGY="pvc")
-    assert done.code == 0, done.err
-    [key] = keys(cache.root)
-    assert whole(cache.model(key), cache.manifest(key))
-    assert coefficient(tmp_path / "models") == 3
-    assert json.loads((tmp_path / "models" / darwin_output.RECORD).read_text())["key"] == key

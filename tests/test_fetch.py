@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +16,7 @@ from darwin_env import Reader
 from darwin_fetch import Retry, Unreachable
 from darwin_log import RoleError
 from tests.apiserver import ApiServer
-from tests.conftest import free_port, wait_until
+from tests.conftest import free_port
 
 
 @contextmanager
@@ -167,7 +164,7 @@ def test_a_bad_knob_of_mlflow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a/../../b", "a\\b", "nul\0"])
 def test_a_listing_does_not_choose_where_files_go(name: str) -> None:
     with pytest.raises(RoleError, match="unsafe name"):
-        darwin_fetch._check_names("s3://b/m", ["MLmodel", name])
+        darwin_fetch.check_names("s3://b/m", ["MLmodel", name])
 
 
 def test_waiting_grows_and_is_bounded() -> None:
@@ -178,74 +175,28 @@ def test_waiting_grows_and_is_bounded() -> None:
     assert all(30 <= delay <= 60 for delay in delays[4:])
 
 
-def test_progress_tells_percent_rate_and_time_left() -> None:
-    source = darwin_fetch.Source("u", {}, [darwin_fetch.RemoteFile("MLmodel", 4_000_000)], lambda *_: None)
-    progress = darwin_fetch._Progress(source, Path("nowhere"))
-    assert progress.line(1_000_000, 2.0) == "25% of 3.8 MiB, 0.5 MB/s, ETA 6 s"
-    assert progress.line(0, 2.0) == "0% of 3.8 MiB, 0.0 MB/s, ETA unknown"
-
-
-def half_way(tmp_path: Path, seen: Callable[[], bool]) -> None:
-    """Transfer a file of 1000 bytes whose second half comes only once `seen`."""
-
-    def download(_: str, local: str) -> None:
-        with Path(local).open("wb", buffering=0) as file:
-            file.write(b"x" * 500)
-            wait_until(seen, "progress")
-            file.write(b"x" * 500)
-
-    source = darwin_fetch.Source("u", {}, [darwin_fetch.RemoteFile("MLmodel", 1000)], download)
-    assert darwin_fetch.Transfer(source, tmp_path).run(Retry(0))[0].size == 1000
-
-
-def test_progress_is_a_line_now_and_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    monkeypatch.setattr(darwin_fetch, "PROGRESS_SECONDS", 0.01)
-    half_way(tmp_path, lambda: "50% of 1000 B" in caplog.text)
-    assert "downloading 1 files, 1000 B" in caplog.text
-    assert "downloaded 1000 B in" in caplog.text
-
-
-def test_progress_is_one_rewriting_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    master, slave = os.openpty()
-    os.set_blocking(master, False)
-    told = bytearray()
-
-    def seen() -> bool:
-        with contextlib.suppress(BlockingIOError):
-            told.extend(os.read(master, 4096))
-        return b"50% of 1000 B" in told
-
-    with open(slave, "w") as terminal:  # noqa: PTH123 - a descriptor has no path
-        monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr(darwin_fetch, "TERMINAL_PROGRESS_SECONDS", 0.01)
-        half_way(tmp_path, seen)
-        monkeypatch.undo()
-        wait_until(lambda: seen() and told.endswith(b"\r\x1b[K"), "the line's end, of which nothing is left")
-    os.close(master)
-    assert told.startswith(b"\r\x1b[K")
-    assert b"\n" not in told
-
-
-def test_a_registered_model_s_own_meta_file_is_replaced(tmp_path: Path) -> None:
-    """A model that was downloaded from one registry and logged to another brings the file along."""
-
-    def download(path: str, local: str) -> None:
-        Path(local).write_text(f"of the source: {path}")
-
-    names = ["MLmodel", "registered_model_meta"]
-    files = [darwin_fetch.RemoteFile(name, None) for name in names]
-    source = darwin_fetch.Source("models:/m/2", {"name": "m", "version": "2"}, files, download)
-    arrived = darwin_fetch.Transfer(source, tmp_path).run(Retry(0))
-    assert sorted(file.path for file in arrived) == names
-    assert (tmp_path / "registered_model_meta").read_text() == "model_name: m\nmodel_version: '2'\n"
-
-
 def test_the_identity_holds_no_credentials(tmp_path: Path) -> None:
     (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {}}))
     source = darwin_fetch.resolve(str(tmp_path))
     assert set(source.identity) == {"uri", "mlmodel"}
     (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {}, "other": 1}))
     assert darwin_fetch.resolve(str(tmp_path)).identity["mlmodel"] != source.identity["mlmodel"]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_root_is_listed_at_once_and_the_rest_on_demand(depth: int, tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*"abc"[:depth])
+    deep.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+    (deep / "weights").write_bytes(b"12345")
+    source = darwin_fetch.resolve(str(tmp_path))
+    assert set(source.listing) == {("MLmodel", 11), ("weights", 5) if not depth else ("a/", None)}
+    files = {file.path: file.size for file in source.files()}
+    assert files == {"MLmodel": 11, "/".join([*"abc"[:depth], "weights"]): 5}
+
+
+def test_a_model_further_down_is_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    (tmp_path / "a" / "model" / "MLmodel").touch()
+    with pytest.raises(RoleError, match=f"no MLmodel among its 1 files; .* ask for {tmp_path}/a/model"):
+        darwin_fetch.resolve(str(tmp_path))

@@ -54,7 +54,7 @@ def test_from_the_registry_to_an_answer_and_away(
         assert mlflow_server.password not in server.log
 
     # The old pod is gone, and nobody needed its model for a while.
-    entries = Cache(cache).entries()[0]
+    entries = Cache(cache).entries(0)[0]
     assert len(entries) == 2
     for entry in entries:
         os.utime(cache / entry.key / "last_used", (0, 0))
@@ -139,7 +139,7 @@ def test_a_file_with_other_bytes_is_named_when_loading_fails(
     file.write_bytes(content[:100] + bytes(len(content) - 200) + content[-100:])
     done = run_role("darwin_serve.py", MODEL_LOCAL_PATH=tmp_path / "models", PORT=0, HOST="127.0.0.1")
     assert done.code == 1
-    assert "model.skops is not what was downloaded" in done.last
+    assert "model.skops: not the bytes that were downloaded" in done.last
     assert "requirements.txt is not" not in done.last
 
 
@@ -166,3 +166,21 @@ def test_a_file_cut_short_after_the_download_is_named(
     assert done.code == 1
     assert "model.skops: " in done.last
     assert "bytes instead of" in done.last
+
+
+@pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
+def test_bytes_are_compared_and_healed_on_demand(
+    strategy: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    places: dict[str, Any] = {"CACHE_PATH": tmp_path / "cache", "OUTPUT_PATH": tmp_path / "models"}
+    settings = {"MODEL_URI": f"models:/{NAME}/1", "STORAGE_STRATEGY": strategy, **mlflow_server.environ, **places}
+    assert run_role("download.py", **settings).code == 0
+    file = tmp_path / "models" / "conda.yaml"
+    content = file.read_bytes()
+    file.write_bytes(bytes(len(content)))
+    done = run_role("darwin_serve.py", MODEL_LOCAL_PATH=tmp_path / "models", PORT=0, HOST="127.0.0.1", VERIFY="sha256")
+    assert done.code == 1
+    assert "conda.yaml: not the bytes that were downloaded" in done.last
+    assert "Run download.py again with VERIFY=sha256" in done.last
+    assert run_role("download.py", **settings, VERIFY="sha256").code == 0
+    assert file.read_bytes() == content

@@ -1,0 +1,455 @@
+"""Bring a model's files to disk: side by side, a chunk at a time in memory, each taken up again where it broke off.
+
+A file is put together in `parts/` and moved into the model's directory once it has arrived whole and is on disk. So a
+directory that was left half-way holds whole files only, and a later run, in another pod perhaps, goes on from there.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, BinaryIO
+
+import darwin_cpus
+import darwin_disk
+import darwin_fetch
+from darwin_env import ConfigError
+from darwin_fetch import Damaged, RemoteFile, Retry, Source, Unreachable
+from darwin_log import RoleError, human
+from darwin_manifest import File, digest
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
+
+REGISTERED_MODEL_META = "registered_model_meta"
+
+# So many files at a time, as CPUs allow: hashing is work, and a store far away is waited for. Each holds one chunk in
+# memory.
+FILES_PER_CPU = 1
+LEAST_FILES, MOST_FILES = 3, 16
+CHUNK_BYTES = 256 << 10
+WRITE_BYTES = 2 << 20
+
+# Between two times of having on disk, for good, what has arrived.
+COMMIT_SECONDS = 1.0
+
+# A store that sends less than this in that time has stalled, even if it sends something.
+STALL_SECONDS = 60.0
+STALL_BYTES = 60 << 10
+
+TIMEOUT_SECONDS = 3600.0
+
+_DIGESTS = ("Repr-Digest", "Digest")
+
+PROGRESS_SECONDS = 5.0
+TERMINAL_PROGRESS_SECONDS = 0.5
+
+logger = logging.getLogger("darwin.transfer")
+
+
+class Deadline:
+    """When all has to be over: `seconds` after this was made."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def check(self, what: str) -> None:
+        """Raise `RoleError` once it has passed."""
+        if time.monotonic() > self._end:
+            raise RoleError(
+                f"{what}: not done within DOWNLOAD_TIMEOUT_SECONDS={self.seconds:g}; what has arrived is kept for the "
+                f"next attempt, which goes on from there"
+            )
+
+
+class _Stopped(Exception):
+    """Another file has failed."""
+
+
+def fetch_model(uri: str, destination: Path) -> None:
+    """Put the model at `uri` into the existing directory `destination`, `MLmodel` at its root, every file checked.
+
+    Raises `ConfigError` for a URI of no known form, `RoleError` when it can't be had.
+    """
+    if why := darwin_fetch.check_uri(uri):
+        raise ConfigError([f"{uri!r} {why}"])
+    source = darwin_fetch.persist(lambda: darwin_fetch.resolve(uri), Retry())
+    parts = destination / ".parts"
+    Transfer(source, destination, parts, Retry(), Deadline(TIMEOUT_SECONDS)).run()
+    darwin_disk.remove_tree(parts)
+
+
+class Transfer:
+    """One model's way into the directory `model`, by way of `parts` on the same file system. Both are made."""
+
+    def __init__(self, source: Source, model: Path, parts: Path, retry: Retry, deadline: Deadline) -> None:
+        self.source = source
+        self.model = model
+        self.parts = parts
+        self.retry = retry
+        self.deadline = deadline
+        self.total = 0
+        self._done: dict[str, int] = {}
+        self._left: dict[str, str] = {}
+        self._stop = threading.Event()
+
+    def run(self) -> list[File]:
+        """Bring every file, and return them with size and sha256.
+
+        Raises `RoleError` when there is no room or no time, `Damaged` or `Unreachable` when a file's attempts are used
+        up, `OSError` when the disk fails.
+        """
+        for directory in (self.model, self.parts):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._left = {name.partition(".")[0]: name for name in os.listdir(self.parts)}
+        files = darwin_fetch.persist(self.source.files, self.retry)
+        self.total = sum(file.size or 0 for file in files)
+        here = self._here(files)
+        self._check_space(files, here)
+        with _Progress(self, len(files), here):
+            found = self._all(files)
+        if "name" in self.source.identity:
+            found = [file for file in found if file.path != REGISTERED_MODEL_META]
+            found.append(self._registered_model_meta())
+        return found
+
+    def arrived(self) -> int:
+        """How many bytes are on disk."""
+        size = sum(self._done.values())
+        # Meanwhile parts are given their names, and all may have been published.
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.parts):
+                with contextlib.suppress(FileNotFoundError):
+                    size += (self.parts / name).stat().st_size
+        return size
+
+    def _here(self, files: list[RemoteFile]) -> int:
+        """How many bytes an earlier run brought. What is in its way, or isn't the model's, is removed."""
+        wanted = {file.path: file.size for file in files}
+        size = self.arrived()
+        for path in [path for path in self.model.rglob("*") if path.is_symlink() or not path.is_dir()]:
+            name = path.relative_to(self.model).as_posix()
+            there = path.lstat().st_size
+            if name not in wanted or path.is_symlink() or wanted[name] not in (None, there):
+                path.unlink()
+            else:
+                size += there
+        return size
+
+    def _check_space(self, files: list[RemoteFile], here: int) -> None:
+        free = shutil.disk_usage(self.model).free
+        if self.total - here > free:
+            raise RoleError(
+                f"{self.source.uri} needs {human(self.total)} in {len(files)} files, but only "
+                f"{human(free)} are free at {self.model}; nothing was downloaded. Enlarge the volume or its "
+                f"sizeLimit, or let cleanup.py free the cache"
+            )
+
+    def _all(self, files: list[RemoteFile]) -> list[File]:
+        found: dict[str, File] = {}
+        arrived: dict[str, Path] = {}
+        committed = time.monotonic()
+        ended: SimpleQueue[Future[tuple[File, Path | None]]] = SimpleQueue()
+        at_once = min(MOST_FILES, max(LEAST_FILES, FILES_PER_CPU * darwin_cpus.cpu_limit()))
+        with ThreadPoolExecutor(at_once) as pool:
+            # The largest first, or the last one to begin would keep all waiting.
+            for remote in sorted(files, key=lambda file: -(file.size or 0)):
+                pool.submit(self._one, remote).add_done_callback(ended.put)
+            try:
+                while len(found) < len(files):
+                    with contextlib.suppress(Empty):
+                        file, part = ended.get(timeout=COMMIT_SECONDS).result()
+                        found[file.path] = file
+                        if part:
+                            arrived[file.path] = part
+                    if time.monotonic() - committed > COMMIT_SECONDS:
+                        self._commit(arrived)
+                        committed = time.monotonic()
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                self._commit(arrived)
+                raise
+        self._commit(arrived)
+        return [found[file.path] for file in files]
+
+    def _commit(self, arrived: dict[str, Path]) -> None:
+        """Have whole parts on disk, and give them their names. Together: each by itself costs many times as much."""
+        darwin_disk.sync_files(list(arrived.values()))
+        for name, part in arrived.items():
+            local = self.model / name
+            local.parent.mkdir(parents=True, exist_ok=True)
+            self._done[name] = part.stat().st_size
+            part.rename(local)
+        arrived.clear()
+
+    def _one(self, file: RemoteFile) -> tuple[File, Path | None]:
+        """A file, and where it is unless it is in its place already."""
+        local = self.model / file.path
+        if local.is_file():
+            size = self._done[file.path] = local.stat().st_size
+            return File(file.path, size, digest(local)), None
+        part = _Part(self.parts, file.path, self._left)
+        darwin_fetch.persist(lambda: self._bring(file, part), self.retry, self._wait)
+        part.path.chmod(0o644)  # a local store's own modes may keep other users' containers out
+        return File(file.path, part.size, part.sha256.hexdigest()), part.path
+
+    def _bring(self, file: RemoteFile, part: _Part) -> None:
+        """One attempt at a file."""
+        self._check()
+        if not part.validator:
+            part.restart("")
+        if part.size and part.size == file.size:
+            return
+        answer = self.source.store.open(file.path, part.size)
+        if answer is None:
+            self._download(file, part)
+            return
+        if not part.goes_on(answer):
+            answer.close()
+            part.restart("")
+            answer = self.source.store.open(file.path, 0)
+            assert answer is not None
+            part.goes_on(answer)
+        with answer:
+            # What says of itself that it is another length is not taken at all: a page to sign in at, for one.
+            if (told := _length(answer)) not in (None, file.size) and file.size is not None:
+                part.restart("")
+                raise Damaged(f"{self._named(file)} was sent with {told} bytes instead of the {file.size} listed")
+            self._stream(file, part, answer)
+
+    def _stream(self, file: RemoteFile, part: _Part, answer: BaseHTTPResponse) -> None:
+        since, before = time.monotonic(), part.size
+        part.there = True
+        with part.path.open("ab", buffering=0) as target:
+            for chunk in self._chunks(answer):
+                self._check()
+                part.add(target, chunk)
+                if file.size is not None and part.size > file.size:
+                    break
+                if (seconds := time.monotonic() - since) > STALL_SECONDS:
+                    if part.size - before < STALL_BYTES:
+                        got = human(part.size - before)
+                        raise Unreachable(f"{self._named(file)} has stalled: {got} in the last {seconds:.0f} s")
+                    since, before = time.monotonic(), part.size
+        if file.size is not None and part.size != file.size:
+            arrived = part.size
+            if arrived > file.size:
+                part.restart("")
+            raise Damaged(f"{self._named(file)} arrived with {arrived} bytes instead of the {file.size} listed")
+        if not part.is_as_told():
+            part.restart("")
+            raise Damaged(f"{self._named(file)} arrived with other bytes than its store's checksum tells")
+
+    def _chunks(self, answer: BaseHTTPResponse) -> Iterator[bytes]:
+        encoded = _is_encoded(answer)
+        # What the network does is explained; what who gets a chunk does with it, on a full disk for one, is not.
+        with darwin_fetch.explained(self.source.uri):
+            while chunk := answer.read1(CHUNK_BYTES, decode_content=encoded):
+                yield chunk
+
+    def _download(self, file: RemoteFile, part: _Part) -> None:
+        part.there = True
+        try:
+            self.source.store.download(file.path, str(part.path))
+            size = part.path.stat().st_size
+        except FileNotFoundError as error:
+            raise Damaged(f"{self._named(file)} did not arrive ({error})") from error
+        if file.size is not None and size != file.size:
+            raise Damaged(f"{self._named(file)} arrived with {size} bytes instead of the {file.size} listed")
+        part.read()
+
+    def _named(self, file: RemoteFile) -> str:
+        return f"{file.path} of {self.source.uri}"
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        self.deadline.check(f"download of {self.source.uri}")
+
+    def _wait(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+        self._check()
+
+    def _registered_model_meta(self) -> File:
+        """MLflow leaves this file in a registered model it downloads, and so says the model's name and version."""
+        import yaml
+
+        identity = self.source.identity
+        path = self.model / REGISTERED_MODEL_META
+        content = {"model_name": identity["name"], "model_version": identity["version"]}
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return File(REGISTERED_MODEL_META, path.stat().st_size, digest(path))
+
+
+class _Part:
+    """A file on its way, with the sha256 of what is there, and what tells whether the store still has the same file.
+
+    The validator is in the file's name: without it, what an earlier run left is of no use.
+    """
+
+    def __init__(self, directory: Path, name: str, left: Mapping[str, str]) -> None:
+        """`left` are the parts that an earlier run left."""
+        self.directory = directory
+        self.name = hashlib.sha256(name.encode()).hexdigest()[:32]
+        self.size = 0
+        self.sha256 = hashlib.sha256()
+        self.validator = ""
+        self.there = False
+        self._begun = 0
+        self._told: list[tuple[hashlib._Hash, bytes]] = []
+        if self.name in left:
+            self._take_over(directory / left[self.name])
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"{self.name}.{self.validator}"
+
+    def _take_over(self, left: Path) -> None:
+        self.validator = left.name.partition(".")[2]
+        if self.validator and not left.is_symlink():
+            # Into a new file: whoever began it may not be dead, and still write to the old one.
+            copy = darwin_disk.temporary(left)
+            shutil.copyfile(left, copy)
+            copy.replace(left)
+            self.read()
+        else:
+            left.unlink()
+
+    def restart(self, validator: str) -> None:
+        """Begin anew, with a file that `validator` tells."""
+        if self.there:
+            self.path.unlink(missing_ok=True)
+        self.size, self.sha256, self.validator, self.there = 0, hashlib.sha256(), validator, False
+        self._begun = 0
+
+    def goes_on(self, answer: BaseHTTPResponse) -> bool:
+        """Whether `answer` can be added to what is there; when it is a whole file, that begins anew."""
+        validator = _validator(answer)
+        if answer.status == HTTPStatus.PARTIAL_CONTENT:
+            start = re.fullmatch(r"bytes (\d+)-\d+/(?:\d+|\*)", answer.headers.get("Content-Range", ""))
+            if not start or int(start[1]) != self.size or validator != self.validator:
+                return False
+        elif answer.status == HTTPStatus.OK:
+            self.restart(validator)
+        else:
+            return False
+        self._told = list(_checksums(answer, self.sha256))
+        return True
+
+    def add(self, target: BinaryIO, chunk: bytes) -> None:
+        view = memoryview(chunk)
+        while view:
+            view = view[target.write(view) :]
+        self.size += len(chunk)
+        if self.size - self._begun >= WRITE_BYTES:
+            # Have the disk begin, or it would all be left for the end. (What is being written is not forgotten.)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(target.fileno(), self._begun, self.size - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = self.size
+        self.sha256.update(chunk)
+        for hasher, _ in self._told:
+            if hasher is not self.sha256:
+                hasher.update(chunk)
+
+    def read(self) -> None:
+        """Take the file as it is on disk."""
+        self.size, self.sha256, self.there = 0, hashlib.sha256(), True
+        with self.path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                self.sha256.update(chunk)
+                self.size += len(chunk)
+
+    def is_as_told(self) -> bool:
+        return all(hasher.digest() == told for hasher, told in self._told)
+
+
+def _validator(answer: BaseHTTPResponse) -> str:
+    """What tells a store's file from another of the same name (RFC 9110, 8.8.3), to be put in a name; else nothing."""
+    tag = answer.headers.get("ETag", "")
+    if not tag.startswith('"') or _is_encoded(answer):
+        return ""
+    return hashlib.sha256(tag.encode()).hexdigest()[:16]
+
+
+def _length(answer: BaseHTTPResponse) -> int | None:
+    """The length that an answer gives a whole file, if it gives one."""
+    length = answer.headers.get("Content-Length", "")
+    return int(length) if answer.status == HTTPStatus.OK and length.isdecimal() and not _is_encoded(answer) else None
+
+
+def _is_encoded(answer: BaseHTTPResponse) -> bool:
+    return answer.headers.get("Content-Encoding", "identity") != "identity"
+
+
+def _checksums(answer: BaseHTTPResponse, sha256: hashlib._Hash) -> Iterator[tuple[hashlib._Hash, bytes]]:
+    """What an answer says of its file: (hash to compare, digest).
+
+    Of the whole file are Repr-Digest (RFC 9530), its forerunner Digest (RFC 3230), and S3's header; of the body is
+    Content-MD5 (RFC 1864).
+    """
+    told = [re.search(r"\bsha-256=:?([\w+/]{43}=)", answer.headers.get(name, ""), re.I) for name in _DIGESTS]
+    yield from ((sha256, base64.b64decode(found[1])) for found in told if found)
+    if answer.status == HTTPStatus.OK and (md5 := answer.headers.get("Content-MD5")):
+        with contextlib.suppress(ValueError):
+            yield hashlib.md5(usedforsecurity=False), base64.b64decode(md5)
+
+
+class _Progress:
+    """Says how far a transfer has come: a log line every few seconds, or one rewriting line on a terminal."""
+
+    def __init__(self, transfer: Transfer, count: int, here: int) -> None:
+        self.transfer = transfer
+        self.count = count
+        self.here = here
+        self.started = time.monotonic()
+        self.stop = threading.Event()
+        self.terminal = sys.stderr.isatty()
+        self.thread = threading.Thread(target=self._report, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        already = f", {human(self.here)} of it already here" if self.here else ""
+        logger.info("downloading %d files, %s%s", self.count, human(self.transfer.total), already)
+        self.thread.start()
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        if self.terminal:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+        if not failed:
+            seconds = max(time.monotonic() - self.started, 1e-9)
+            brought = self.transfer.arrived() - self.here
+            logger.info("downloaded %s in %.1f s, %.1f MB/s", human(brought), seconds, brought / seconds / 1e6)
+
+    def _report(self) -> None:
+        while not self.stop.wait(TERMINAL_PROGRESS_SECONDS if self.terminal else PROGRESS_SECONDS):
+            line = progress(self.transfer.arrived(), self.transfer.total, self.here, time.monotonic() - self.started)
+            if self.terminal:
+                sys.stderr.write(f"\r\033[K{line}")
+                sys.stderr.flush()
+            else:
+                logger.info("%s", line)
+
+
+def progress(arrived: int, total: int, here: int, seconds: float) -> str:
+    """How far a transfer is, that began with `here` of `total` bytes `seconds` ago."""
+    percent = 100 * arrived / total if total else 0.0
+    rate = max(0, arrived - here) / seconds
+    left = f"{max(0, total - arrived) / rate:.0f} s" if rate else "unknown"
+    return f"{percent:.0f}% of {human(total)}, {rate / 1e6:.1f} MB/s, ETA {left}"

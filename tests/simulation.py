@@ -1,0 +1,452 @@
+"""The cache under everything at once, a step at a time: downloads, restarts, pods that come, go and are killed, several
+cleanups, time passing, clocks that are wrong, files that rot.
+
+    python -m tests.simulation --seed 1 --steps 10000 [--no-locks]
+
+What runs is the real code on a real directory. Each actor is a thread that stops before everything it does to the disk
+(Python's audit events tell) and before and after it lists pods; a seeded scheduler says who goes on. Killed is who is
+never told to go on again. Time passes by making all files older. After each step: every entry that a live pod was told
+is there, is there, and whole. At the end: without pods, and with time, nothing is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import cleanup
+import darwin_cache
+import darwin_disk
+import darwin_transfer
+import download
+from darwin_cache import Cache
+from darwin_env import Reader
+from darwin_fetch import RemoteFile, Source
+from darwin_log import RoleError
+from darwin_transfer import Deadline
+from tests.apiserver import pod
+
+MODELS = ("m1", "m2", "m3")
+PODS = ("a", "b", "c", "d")
+CLEANUPS = ("cleanup-1", "cleanup-2")
+
+_SEEN = {
+    *("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.utime", "os.chmod", "os.truncate"),
+    *("os.listdir", "os.scandir"),
+}
+
+_real_sleep, _real_time = time.sleep, time.time
+
+
+class Dead(BaseException):
+    """Ends the threads of the killed, once all is over."""
+
+
+def content(model: str) -> dict[str, bytes]:
+    return {"MLmodel": model.encode(), "deep/weights": model.encode() * 100}
+
+
+class Store:
+    """A model's files, from nowhere."""
+
+    def __init__(self, model: str) -> None:
+        self.files = content(model)
+
+    def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
+        found = [RemoteFile(name, len(body)) for name, body in self.files.items() if os.path.dirname(name) == directory]  # noqa: PTH120
+        return found, [] if directory else ["deep"]
+
+    def open(self, path: str, offset: int) -> None:
+        return None
+
+    def download(self, path: str, local: str) -> None:
+        Path(local).write_bytes(self.files[path])
+
+
+def source(model: str) -> Source:
+    return Source(
+        f"models:/{model}/1", {"name": model, "version": "1"}, [("MLmodel", 2), ("deep/", None)], Store(model)
+    )
+
+
+KEYS = {model: darwin_cache.make_key(source(model).identity, source(model).listing) for model in MODELS}
+
+
+class Actor(threading.Thread):
+    """Something that acts on the cache, when it is told to."""
+
+    def __init__(self, world: World, name: str, act: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.world = world
+        self.act = act
+        self.go = threading.Semaphore(0)
+        self.asleep = 0.0
+        self.reading_clock = 0
+        self.over = False
+        self.killed = False
+        self.error = ""
+
+    def run(self) -> None:
+        world = self.world
+        world.local.actor = self
+        self.go.acquire()
+        try:
+            if not self.killed:
+                self.act()
+        except Dead:
+            return
+        except Exception:
+            self.error = traceback.format_exc()
+        self.over = True
+        world.back.release()
+
+    def stop(self) -> None:
+        """Wait for being told to go on."""
+        self.world.back.release()
+        self.go.acquire()
+        if self.killed:
+            raise Dead
+
+
+class World:
+    def __init__(self, root: Path, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.root = root
+        self.cache = Cache.prepare(root)
+        self.local = threading.local()
+        self.back = threading.Semaphore(0)
+        self.actors: list[Actor] = []
+        self.graves: list[Actor] = []
+        self.pods: dict[str, str] = {}  # what Kubernetes knows: phase by name
+        self.serving: dict[str, str] = {}  # what a live pod was told is there: model by pod
+        self.steps = 0
+        self.counts: Counter[str] = Counter()
+        self.trace: list[str] = []
+
+    # What the actors do
+
+    def start_pod(self, name: str) -> None:
+        self.serving.pop(name, None)
+        model = self.chance.choice(MODELS)
+        settings = download.Settings.from_env(
+            Reader(
+                {
+                    "MODEL_URI": f"models:/{model}/1",
+                    "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+                    "STORAGE_STRATEGY": "pvc",
+                    "CACHE_PATH": str(self.root),
+                    "POD_NAME": name,
+                    "BACKOFF_SECONDS": "0",
+                }
+            )
+        )
+
+        def act() -> None:
+            while True:
+                try:
+                    key = download._cached(self.cache, settings, source(model), Deadline(1e9))
+                    self.cache.touch(key)
+                    self.cache.set_alias(darwin_cache.make_alias(name, model), key)
+                except (OSError, RoleError):
+                    # Taken for dead, it has lost its lock and what it staged. Kubernetes starts it again.
+                    self.counts["failed downloads"] += 1
+                else:
+                    break
+            self.serving[name] = model
+            self.counts["downloads done"] += 1
+
+        self.pods[name] = "Pending"
+        self.add(Actor(self, name, act))
+
+    def start_cleanup(self, name: str) -> None:
+        settings = cleanup.Settings.from_env(
+            Reader(
+                {
+                    "CACHE_PATH": str(self.root),
+                    "POD_NAME": name,
+                    "NAMESPACE": "default",
+                    "TTL_DAYS": self.chance.choice(["0", "0.01", "7"]),
+                    "GRACE_SECONDS": self.chance.choice(["0", "60"]),
+                    "MAX_SIZE_GB": self.chance.choice(["0", "0.0000003"]),
+                }
+            )
+        )
+
+        def act() -> None:
+            look = cleanup.Look(self.cache, settings, self)  # type: ignore[arg-type]
+            used = look()
+            entries, _ = self.cache.entries(self.cache.now())
+            decisions = cleanup.plan(entries, used, settings)
+            cleanup.tidy(self.cache, look, used)
+            done = cleanup.execute(decisions, self.cache, settings, look)
+            self.cache.drop_dangling(cleanup.DAY)
+            self.counts.update({f"entries {name}": done[name] for name in ("removed", "spared", "restored")})
+            self.counts["cleanups done"] += 1
+
+        self.add(Actor(self, name, act))
+
+    def list_pods(self, _namespace: str) -> list[dict[str, Any]]:
+        """In the API server's place."""
+        actor: Actor = self.local.actor
+        self.note(actor, "lists pods")
+        actor.stop()
+        found = [pod(name, phase=phase) for name, phase in self.pods.items()]
+        actor.stop()
+        return found
+
+    # Who goes on
+
+    def add(self, actor: Actor) -> None:
+        self.actors.append(actor)
+        actor.start()
+
+    def hook(self, event: str, args: tuple[Any, ...]) -> None:
+        actor: Actor | None = getattr(self.local, "actor", None)
+        if actor is None or event not in _SEEN:
+            return
+        paths = [os.fsdecode(path) for path in args[:2] if isinstance(path, str | bytes | os.PathLike)]
+        # What is not in the cache is an import; a path relative to an open directory is of a tree being deleted.
+        if paths and any(not path.startswith("/") or path.startswith(str(self.root)) for path in paths):
+            self.note(actor, f"{event} {' '.join(path.replace(str(self.root), '') for path in paths)}")
+            actor.stop()
+
+    def sleep(self, seconds: float) -> None:
+        actor: Actor | None = getattr(self.local, "actor", None)
+        if actor is None:
+            _real_sleep(seconds)
+            return
+        self.note(actor, f"sleeps {seconds:g} s")
+        actor.asleep = seconds
+        actor.stop()
+
+    def note(self, actor: Actor, what: str) -> None:
+        self.trace.append(f"{actor.name} {what}")
+        del self.trace[:-200]
+
+    def step(self) -> None:
+        """One thing happens."""
+        self.steps += 1
+        chance = self.chance.random()
+        busy = {actor.name for actor in self.actors}
+        if chance < 0.01:
+            self.change_pods(busy)
+        elif chance < 0.015:
+            self.rot()
+        elif chance < 0.03:
+            self.pass_time(self.chance.choice([1, 40, 3600]))
+        elif chance < 0.04 and (free := [name for name in CLEANUPS if name not in busy]):
+            self.start_cleanup(self.chance.choice(free))
+        elif chance < 0.045 and self.actors:
+            self.kill(self.chance.choice(self.actors))
+        elif self.actors:
+            self.go_on(self.chance.choice(self.actors))
+        else:
+            self.start_pod(self.chance.choice(PODS))
+        self.check()
+
+    def go_on(self, actor: Actor) -> None:
+        if actor.asleep:
+            if not self.pass_time(actor.asleep):
+                return
+            actor.asleep = 0.0
+        actor.go.release()
+        self.back.acquire()
+        if actor.over:
+            self.actors.remove(actor)
+            if actor.error:
+                raise AssertionError(f"{actor.name} failed: {actor.error}")
+
+    def kill(self, actor: Actor) -> None:
+        """Kubernetes starts a pod's container again, or not; a cleanup comes again by itself."""
+        self.counts["kills"] += 1
+        self.note(actor, "is KILLED")
+        self.actors.remove(actor)
+        self.graves.append(actor)
+        if actor.name in PODS:
+            if self.chance.random() < 0.5:
+                self.start_pod(actor.name)
+            else:
+                del self.pods[actor.name]
+
+    def change_pods(self, busy: set[str]) -> None:
+        name = self.chance.choice(PODS)
+        if name in busy:
+            return
+        if name not in self.serving or self.chance.random() < 0.5:
+            self.start_pod(name)
+            return
+        del self.serving[name]
+        if self.chance.random() < 0.5:
+            self.pods[name] = "Succeeded"
+        else:
+            del self.pods[name]
+
+    def pass_time(self, seconds: float) -> bool:
+        """Make everything older; not while someone compares times, for whom none would pass in a moment."""
+        if any(actor.reading_clock for actor in self.actors):
+            return False
+        for directory, names, files in os.walk(self.root):
+            for name in (*names, *files):
+                path = os.path.join(directory, name)  # noqa: PTH118 - many, and often
+                stat = os.lstat(path)
+                os.utime(path, (stat.st_atime - seconds, stat.st_mtime - seconds), follow_symlinks=False)
+        return True
+
+    def rot(self) -> None:
+        """A file that no pod relies on is damaged."""
+        leased = {lease.key for lease in self.cache.leases()}
+        for key in self.chance.sample(list(KEYS.values()), len(KEYS)):
+            path = self.root / key / "model" / "MLmodel"
+            if key not in leased and path.exists():
+                os.truncate(path, 1)
+                self.counts["rotten"] += 1
+                return
+
+    def check(self) -> None:
+        for name, model in self.serving.items():
+            for path, body in content(model).items():
+                there = self.root / KEYS[model] / "model" / path
+                found = there.read_bytes() if there.exists() else None
+                assert found == body, f"{path} of {model}, which {name} uses, is not whole"
+
+    def end(self) -> None:
+        """All pods go, all that is at work ends; then nothing is left after some days of cleaning."""
+        while self.actors:
+            self.go_on(self.chance.choice(self.actors))
+            self.check()
+        self.pods.clear()
+        self.serving.clear()
+        for _ in range(3):
+            assert self.pass_time(3 * cleanup.DAY)
+            self.start_cleanup(CLEANUPS[0])
+            while self.actors:
+                self.go_on(self.actors[0])
+        left = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
+        assert left == [darwin_cache.TAG_NAME], left
+
+
+class Inline:
+    """In the place of a pool of threads: what is submitted runs at once, in the actor's own."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def map(self, function: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
+        return [function(item) for item in items]
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+def _reads_clock(world: World, owner: Any, name: str, *, generates: bool = False) -> None:
+    """Have no time pass within a function that compares two times."""
+    real = getattr(owner, name)
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        actor: Actor | None = getattr(world.local, "actor", None)
+        if actor is None:
+            return real(*args, **options)
+        actor.reading_clock += 1
+        try:
+            return iter(list(real(*args, **options))) if generates else real(*args, **options)
+        finally:
+            actor.reading_clock -= 1
+
+    setattr(owner, name, wrapped)
+
+
+def _no_locks(world: World) -> Callable[[Cache, str, str], darwin_cache.Lock]:
+    def try_lock(cache: Cache, key: str, owner: str) -> darwin_cache.Lock:
+        path = cache.root / ".locks" / f"{key}.{world.steps}"
+        return darwin_cache.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
+
+    return try_lock
+
+
+def _arrange(world: World, *, locks: bool) -> None:
+    def touched(path: Path) -> float:
+        nodes = (path, *(() if path.is_symlink() else path.rglob("*")))
+        return float(max(node.lstat().st_mtime for node in nodes))
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (darwin_transfer, "ThreadPoolExecutor", Inline),
+        (darwin_disk, "ThreadPoolExecutor", Inline),
+        # Files can be made older in what they say of their content, not of themselves.
+        (darwin_cache, "_touched", touched),
+        # What a crash of the machine does is not told here.
+        (darwin_disk, "sync", lambda path: None),
+        (time, "sleep", world.sleep),
+        # No machine's clock counts.
+        (time, "time", lambda: _real_time() + world.chance.uniform(-1e6, 1e6)),
+    ]
+    if not locks:
+        replaced.append((Cache, "try_lock", _no_locks(world)))
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    for owner, name in (
+        (cleanup.Look, "__call__"),
+        (Cache, "entries"),
+        (Cache, "drop_dangling"),
+        (Cache, "_holder"),
+        (Cache, "ref"),
+    ):
+        _reads_clock(world, owner, name)
+    _reads_clock(world, Cache, "leftovers", generates=True)
+    sys.addaudithook(world.hook)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--no-locks", action="store_true")
+    asked = parser.parse_args(argv)
+    logging.disable(logging.CRITICAL)
+    fast = Path("/dev/shm")
+    root = Path(tempfile.mkdtemp(dir=fast if fast.is_dir() else None)) / "cache"
+    world = World(root, asked.seed)
+    _arrange(world, locks=not asked.no_locks)
+    try:
+        while world.steps < asked.steps:
+            world.step()
+        world.end()
+    except AssertionError:
+        sys.stderr.write("\n".join([*world.trace, traceback.format_exc(), f"seed {asked.seed}, step {world.steps}\n"]))
+        return 1
+    finally:
+        shutil.rmtree(root.parent)
+    print(json.dumps({"steps": world.steps, **world.counts}))  # noqa: T201 - to who asked
+    sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main())  # the killed are threads that never end
