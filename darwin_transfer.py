@@ -399,8 +399,8 @@ def _is_encoded(answer: BaseHTTPResponse) -> bool:
 def _checksums(answer: BaseHTTPResponse, sha256: hashlib._Hash) -> Iterator[tuple[hashlib._Hash, bytes]]:
     """What an answer says of its file: (hash to compare, digest).
 
-    Of the whole file are Repr-Digest (RFC 9530), its forerunner Digest (RFC 3230), and S3's header; of the body is
-    Content-MD5 (RFC 1864).
+    Of the whole file are Repr-Digest (RFC 9530) and its forerunner Digest (RFC 3230); of the body is Content-MD5 (RFC
+    1864).
     """
     told = [re.search(r"\bsha-256=:?([\w+/]{43}=)", answer.headers.get(name, ""), re.I) for name in _DIGESTS]
     yield from ((sha256, base64.b64decode(found[1])) for found in told if found)
