@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import cases, downloads, envs, liveness, machine, memory, report, samples, startup, throughput
-from bench.outcome import Outcome, void
-from bench.processes import Failed
+from bench.outcome import Outcome, or_void
 from bench.servers import OURS, SERVERS
 from bench.throughput import LIMITS, Throughput
 
@@ -91,19 +90,12 @@ def _run(names: list[str], peers: list[str], loads: list[Throughput], rounds: in
     outcomes = throughput.run(loads, rounds, seconds)
     mlflow = [name for name in peers if name == "mlflow"]
     if cases.START in names:
-        outcomes.append(_or_void(startup.TITLE, lambda: startup.run(mlflow, rounds, cases.START_AT_MOST)))
+        outcomes.append(or_void(startup.TITLE, lambda: startup.run(mlflow, rounds, cases.START_AT_MOST)))
     if cases.MEMORY in names:
-        outcomes.append(_or_void(memory.TITLE, lambda: memory.run(cases.MEMORY_WORKERS, seconds, cases.MEMORY_AT_MOST)))
+        outcomes.append(or_void(memory.TITLE, lambda: memory.run(cases.MEMORY_WORKERS, seconds, cases.MEMORY_AT_MOST)))
     if cases.LIVENESS in names:
         outcomes += liveness.run(mlflow, rounds, seconds, cases.LIVENESS_AT_MOST_MS)
     return outcomes
-
-
-def _or_void(title: str, run: Callable[[], Outcome]) -> Outcome:
-    try:
-        return run()
-    except Failed as error:
-        return void(title, error)
 
 
 if __name__ == "__main__":

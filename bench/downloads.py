@@ -15,14 +15,14 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import BUILD, ROOT, envs, processes
-from bench.outcome import Outcome, Row, void, void_text
+from bench.outcome import Outcome, Row, or_void, void_text
 from bench.processes import Failed
 
 CURL_AT_ONCE = 8
@@ -73,21 +73,14 @@ def run(names: Sequence[str], rounds: int) -> list[Outcome]:
         with _server(place / "artifacts") as uri:
             for load in LOADS:
                 if load.name in asked:
-                    outcomes += [_or_void(load.title, partial(_rates, load, uri, place, rounds))]
+                    outcomes += [or_void(load.title, partial(_rates, load, uri, place, rounds))]
             if MEMORY in asked:
-                outcomes.append(_or_void("peak memory of a download", lambda: _memory(uri, place)))
+                outcomes.append(or_void("peak memory of a download", lambda: _memory(uri, place)))
             if HIT in asked:
-                outcomes.append(_or_void("a start on a warm cache", lambda: _hit(uri, place, rounds)))
+                outcomes.append(or_void("a start on a warm cache", lambda: _hit(uri, place, rounds)))
     if PLAN in asked:
-        outcomes.append(_or_void("planning a cleanup", lambda: _plan(rounds)))
+        outcomes.append(or_void("planning a cleanup", lambda: _plan(rounds)))
     return outcomes
-
-
-def _or_void(title: str, measure: Callable[[], Outcome]) -> Outcome:
-    try:
-        return measure()
-    except Failed as error:
-        return void(title, error)
 
 
 @contextlib.contextmanager

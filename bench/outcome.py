@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from bench.processes import Failed
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ class Outcome:
 def void(case: str, error: Exception) -> Outcome:
     """The outcome of a case that went wrong."""
     return Outcome(case, [Row("", void_text(str(error)), met=False)])
+
+
+def or_void(case: str, measure: Callable[[], Outcome]) -> Outcome:
+    """What `measure` returns, or what says that it went wrong."""
+    try:
+        return measure()
+    except Failed as error:
+        return void(case, error)
 
 
 def void_text(reason: str) -> str:
