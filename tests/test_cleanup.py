@@ -7,10 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from darwin_env import Reader
 from darwin_manifest import File, Manifest
 from tests import apiserver
 from tests.apiserver import ApiServer, pod
-from tests.conftest import ROOT, Finished, clean_environ, program
+from tests.conftest import ROOT, Finished, clean_environ, http_server, program
 
 A, B, C, D = (letter * 64 for letter in "abcd")
 
@@ -531,14 +530,8 @@ def test_the_result_at_a_pushgateway(cache: Cache, api: ApiServer) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    assert clean(cache.root, api, PUSHGATEWAY_URL=address).code == 0
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with http_server(Gateway) as address:
+        assert clean(cache.root, api, PUSHGATEWAY_URL=address).code == 0
     [(path, kind, body)] = pushed
     assert path == "/metrics/job/darwin_model_cache_cleanup"
     assert kind.startswith("text/plain; version=0.0.4")

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ import darwin_transfer
 from darwin_fetch import Damaged, RemoteFile, Retry, Source, Unreachable
 from darwin_log import RoleError
 from darwin_transfer import Deadline, Transfer
-from tests.conftest import wait_until
+from tests.conftest import http_server, wait_until
 
 BODY = bytes(range(256)) * 4096
 
@@ -279,16 +279,8 @@ def longer(handler: _Handler, offset: int) -> None:
 @contextmanager
 def serving(*answers: Answer, **given: str) -> Iterator[Served]:
     served = Served(answers=list(answers), **given)  # type: ignore[arg-type]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"served": served}))
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with http_server(type("Handler", (_Handler,), {"served": served})) as served.url:
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def brought(served: Served, directory: Path, retries: int = 3) -> None:
