@@ -180,9 +180,11 @@ def test_a_volume_of_another_user_is_told(tmp_path: Path, model: Path, api: ApiS
     (tmp_path / "models").mkdir()
 
     def as_nobody(script: str, **environ: object) -> Finished:
+        settings = clean_environ(CACHE_PATH=cache.root, HOME=tmp_path, **environ)
+        settings.pop("COVERAGE_PROCESS_CONFIG", None)  # that user could not write down what was covered
         done = subprocess.run(
             [sys.executable, "-c", _AS_NOBODY + script],
-            env=clean_environ(CACHE_PATH=cache.root, HOME=tmp_path, **environ),
+            env=settings,
             cwd=ROOT,
             capture_output=True,
             text=True,
