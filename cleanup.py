@@ -16,7 +16,6 @@ is not a cache.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -127,25 +126,25 @@ def in_use(
     found = InUse()
     by_pod: dict[str, set[str]] = {}
     for lease in leases:
-        by_pod.setdefault(lease.pod, set()).add(lease.key)
+        by_pod.setdefault(lease.uid or lease.pod, set()).add(lease.key)
         if lease.written > listed:
             found.keys.setdefault(lease.key, set()).add(lease.pod)
     claims = _claims(pods, settings)
     for pod in filter(_lives, pods):
         name = _name(pod)
-        keys = {key for host in _hostnames(name) for key in by_pod.get(host, ())}
+        keys = {key for one in _identities(pod) for key in by_pod.get(one, ())}
         keys |= {names[word] for text in _texts(pod) for word in KEY.findall(text) if word in names}
         for key in keys:
             found.keys.setdefault(key, set()).add(name)
-        if not keys and settings.pod not in _hostnames(name) and claims.intersection(_volumes(pod).values()):
+        if not keys and settings.pod not in _identities(pod) and claims.intersection(_volumes(pod).values()):
             found.unmatched.add(name)
     return found
 
 
 def dead_leases(pods: Sequence[Pod], leases: Sequence[Lease], listed: float) -> list[Lease]:
     """The leases, older than the listing of the pods, of pods that have ended or are gone."""
-    alive = {host for pod in filter(_lives, pods) for host in _hostnames(_name(pod))}
-    return [lease for lease in leases if lease.written <= listed and lease.pod not in alive]
+    alive = {one for pod in filter(_lives, pods) for one in _identities(pod)}
+    return [lease for lease in leases if lease.written <= listed and (lease.uid or lease.pod) not in alive]
 
 
 def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Decision]:
@@ -205,10 +204,24 @@ def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, loo
             cache.withdraw(removal)
     sizes = {decision.entry.key: decision.entry.bytes for decision in decisions}
     for path, key in waiting:
-        cache.discard(path)
-        done["removed"] += 1
-        done["freed"] += sizes.get(key, 0)
+        if _succeeds(partial(cache.discard, path), path):
+            done["removed"] += 1
+            done["freed"] += sizes.get(key, 0)
+        else:
+            done["failed"] += 1
     return done
+
+
+def _succeeds(action: Callable[[], object], path: Path) -> bool:
+    """Do something to `path`; what can't be done is told, and keeps nothing else from being done."""
+    try:
+        action()
+    except FileNotFoundError:
+        pass  # another cleanup was first; or it is still on its way
+    except OSError as error:
+        logger.error("%s: %s", path, darwin_disk.explain(error))
+        return False
+    return True
 
 
 def _move(removals: Sequence[Removal], cache: Cache, used: InUse, done: Counter[str]) -> list[tuple[Path, str]]:
@@ -281,17 +294,16 @@ def report(decisions: Sequence[Decision], strange: Sequence[str]) -> Iterator[st
         yield row("keep", name[:12], "", "", f"{name} is not an entry made by download.py; left alone")
 
 
-def tidy(cache: Cache, look: Look, used: InUse) -> None:
-    """Remove what belongs to nobody any more, and note the use of what is in use."""
-    for key in used.keys:
-        with contextlib.suppress(FileNotFoundError):  # it is still on its way
-            cache.touch(key)
+def tidy(cache: Cache, look: Look, used: InUse) -> int:
+    """Remove what belongs to nobody any more, and note the use of what is in use; returns how much of it failed."""
+    done = [_succeeds(partial(cache.touch, key), cache.model(key)) for key in used.keys]
     for lease in dead_leases(look.pods, look.leases, look.listed):
         logger.info("dropping the lease of %s, which is gone", lease.pod)
-        cache.drop_lease(lease)
+        done.append(_succeeds(partial(cache.drop_lease, lease), Path(lease.name)))
     for path in list(cache.leftovers()):
         logger.info("removing %s, which a download or a cleanup left that is no more", path)
-        cache.discard(path)
+        done.append(_succeeds(partial(cache.discard, path), path))
+    return done.count(False)
 
 
 def run(service_account: Path, read: Reader, redact: Redactor) -> None:
@@ -306,6 +318,8 @@ def run(service_account: Path, read: Reader, redact: Redactor) -> None:
             result |= {"entries": 0, "bytes": 0}
         else:
             result |= _clean(cache, settings, service_account, read.environ)
+        if failed := result.get("failed"):
+            raise RoleError(f"{failed} things in {settings.cache} could not be removed: the log says which, and why")
         result["success"] = 1
     except NotACache as error:
         raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
@@ -343,8 +357,9 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
         if settings.dry_run:
             done = Counter(removed=len(doomed), freed=sum(decision.entry.bytes for decision in doomed))
         else:
-            tidy(cache, look, used)
+            failed = tidy(cache, look, used)
             done = execute(decisions, cache, settings, look)
+            done["failed"] += failed
             cache.drop_dangling(DAY)
     total = sum(entry.bytes for entry in entries)
     _summary("DRY_RUN, would remove" if settings.dry_run else "removed", done, entries, total)
@@ -354,7 +369,7 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
         "bytes": total,
         "entries_in_use": sum(used.reason(entry.key) is not None for entry in entries),
         "unknown": len(strange),
-        **{name: done[name] for name in ("removed", "freed", "spared", "restored")},
+        **{name: done[name] for name in ("removed", "freed", "spared", "restored", "failed")},
     }
 
 
@@ -373,9 +388,12 @@ def _name(pod: Pod) -> str:
     return str(pod.get("metadata", {}).get("name", ""))
 
 
-def _hostnames(pod: str) -> set[str]:
-    """What the pod of this name calls itself: a host name is cut to 63 characters."""
-    return {pod, pod[:63].rstrip("-.")}
+def _identities(pod: Pod) -> set[str]:
+    """What a pod may call itself: its UID; its name, or its host's, cut to 63 characters."""
+    spec, metadata = pod.get("spec", {}), pod.get("metadata", {})
+    names = [_name(pod), spec.get("hostname"), spec.get("nodeName") if spec.get("hostNetwork") else None]
+    cut = {name[:63].rstrip("-.") for name in names if name}
+    return (cut | {_name(pod), str(metadata.get("uid", ""))}) - {""}
 
 
 def _containers(pod: Pod) -> Iterator[Mapping[str, Any]]:
@@ -409,7 +427,7 @@ def _volumes(pod: Pod) -> dict[str, str]:
 
 def _claims(pods: Sequence[Pod], settings: Settings) -> set[str]:
     """The volumes that may hold the cache: what this pod mounts there if it is among `pods`, else what any pod does."""
-    own = [pod for pod in pods if settings.pod in _hostnames(_name(pod))]
+    own = [pod for pod in pods if settings.pod in _identities(pod)]
     return {
         _volumes(pod)[mount["name"]]
         for pod in own or pods

@@ -6,9 +6,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
+from prometheus_client.exposition import basic_auth_handler, default_handler
+
+from darwin_log import mask_uri
 
 JOB = "darwin_model_cache_cleanup"
 
@@ -22,6 +28,7 @@ _METRICS = {
     "freed": (f"{JOB}_freed_bytes", "Bytes that the last run freed, or would have in a dry run."),
     "spared": (f"{JOB}_spared_entries", "Entries that the last run left because a pod came to use them meanwhile."),
     "restored": (f"{JOB}_restored_entries", "Entries that the last run put back."),
+    "failed": (f"{JOB}_failed_removals", "What the last run could not remove."),
     "dry_run": (f"{JOB}_dry_run", "Whether the last run was a dry run."),
     "entries": ("darwin_model_cache_entries", "Models in the cache when the last run began."),
     "bytes": ("darwin_model_cache_size_bytes", "Size of the models in the cache when the last run began."),
@@ -43,9 +50,20 @@ def publish(result: Mapping[str, float], textfile: str, pushgateway: str) -> Non
         logger.warning("cannot write METRICS_TEXTFILE=%s: %s", textfile, error)
     try:
         if pushgateway:
-            push_to_gateway(pushgateway, JOB, registry, timeout=PUSH_TIMEOUT_SECONDS)
-    except OSError as error:
-        logger.warning("cannot push to PUSHGATEWAY_URL=%s: %s", pushgateway, error)
+            _push(pushgateway, registry)
+    except Exception as error:  # whatever it is, the cleanup is done
+        logger.warning("cannot push to PUSHGATEWAY_URL=%s: %s", mask_uri(pushgateway), error)
+
+
+def _push(uri: str, registry: CollectorRegistry) -> None:
+    """`uri` may hold a user and a password; the scheme may be left out."""
+    found = urlsplit(uri if "://" in uri else f"http://{uri}")
+    where = found._replace(netloc=found.netloc.rpartition("@")[2]).geturl()
+    handler: Callable[..., Any] = default_handler
+    if found.username:
+        user, password = unquote(found.username), unquote(found.password or "")
+        handler = partial(basic_auth_handler, username=user, password=password)
+    push_to_gateway(where, JOB, registry, timeout=PUSH_TIMEOUT_SECONDS, handler=handler)
 
 
 def metrics(result: Mapping[str, float]) -> CollectorRegistry:

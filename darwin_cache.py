@@ -7,22 +7,25 @@
         manifest.json                      where it came from, and every file's size and sha256
         last_used                          its mtime is the last time someone needed the entry
       <alias> -> <key>                     a name that can be computed without asking MLflow
-      .leases/<pod>.<output>.<random>.json which entry a pod's OUTPUT_PATH uses
+      .leases/<pod>.<uid>.<whose>.<key>.<random>
+                                           a pod's OUTPUT_PATH uses <key>; empty, so that it fits on a full volume
       .refs/<digest>.json                  (tracking URI, model URI) -> the key it last resolved to
       .locks/<key>                         who is downloading it; the mtime is the downloader's heartbeat
       .staging/<key>.<random>/             a download under way
         model/                             its files that have arrived whole
         parts/                             those that have not
       .trash/<key>.<random>.planned        says that <key> is about to be moved to the name without `.planned`
-      .trash/<key>.<random>/               an entry moved aside; or, put there by a pod before it could be, a veto
+      .trash/<key>.<random>                an entry moved aside; or, put there by a pod before it could be, a veto:
+                                           an empty file
       .trash/<random>.doomed/              being deleted
 
 Nothing here relies on file locks or on the clocks of two machines agreeing: an entry appears by one rename, disappears
 by one rename, and ages are differences of mtimes that the file server gave.
 
-No entry is taken from a pod that has leased it. Who removes announces it, then lists the leases, then renames; who uses
-writes its lease, then vetoes what is announced, then looks. So either the lease is listed or the announcement is seen.
-The veto takes the name that the entry is to be renamed to, so one of the two comes first, and the other fails.
+No entry is taken from a pod that has leased it. Who removes announces it, then lists the leases, then renames; who
+replaces a damaged one announces it, then looks whether it still is, then renames. Who uses an entry writes its lease,
+looks, vetoes what is announced, and looks again. So whoever announces after the veto sees the lease, or a whole entry;
+and before it, the veto takes the name that the entry is to be renamed to: one of the two comes first, the other fails.
 """
 
 from __future__ import annotations
@@ -34,13 +37,15 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import darwin_disk
-from darwin_manifest import Manifest
+from darwin_log import RoleError
+from darwin_manifest import Manifest, summary
 
 TAG_NAME = "CACHEDIR.TAG"
 TAG_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
@@ -50,7 +55,11 @@ KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 _MANIFEST, _MODEL, _PARTS, _LAST_USED = "manifest.json", "model", "parts", "last_used"
 _INNER = _LEASES, _REFS, _LOCKS, _STAGING, _TRASH = ".leases", ".refs", ".locks", ".staging", ".trash"
-_PLANNED, _DOOMED, _VETO = ".planned", ".doomed", "vetoed"
+_PLANNED, _DOOMED = ".planned", ".doomed"
+_LEASE = re.compile(r"(?P<pod>.+)\.(?P<uid>[0-9a-f-]{36}|-)\.[0-9a-f]{16}\.(?P<key>[0-9a-f]{64})\.[0-9a-f]{16}")
+
+# By a rename onto something that is there, in the words of one file system or another.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 # A downloader shows this often that it is alive, and is taken for dead after so much silence.
 HEARTBEAT_SECONDS = 5.0
@@ -66,10 +75,13 @@ class NotACache(Exception):
 
 @dataclass(frozen=True)
 class Lease:
-    """A pod's claim on an entry; `written` is when, in seconds since the epoch by the file server's clock."""
+    """A pod's claim on an entry; `written` is when, in seconds since the epoch by the file server's clock.
+
+    `pod` is the first 63 characters of the pod's name; `uid` is empty where the pod could not tell.
+    """
 
     pod: str
-    output: str
+    uid: str
     key: str
     written: float
     name: str = ""
@@ -133,12 +145,19 @@ class Lock:
             with contextlib.suppress(OSError):
                 os.utime(self.staging)
 
+    def is_lost(self) -> bool:
+        """Whether another has taken the lock, and then what was staged, from this one, which it took for dead."""
+        try:
+            return self.path.stat().st_ino != os.fstat(self._descriptor).st_ino
+        except FileNotFoundError:
+            return True
+
     def release(self, *, done: bool) -> None:
         """Give the lock up; unless all is `done`, what was staged is left to the next holder."""
         try:
             if done:
                 with contextlib.suppress(FileNotFoundError):
-                    if self.path.stat().st_ino == os.fstat(self._descriptor).st_ino:
+                    if not self.is_lost():
                         self.path.unlink()
             else:
                 self._write(0, 0, released=True)
@@ -237,15 +256,17 @@ class Cache:
                 raise NotACache(f"{self.root / name} is not a directory of the cache; remove it by hand")
 
     def _is_tagged(self) -> bool:
-        with contextlib.suppress(OSError), (self.root / TAG_NAME).open(encoding="utf-8", errors="replace") as file:
-            return file.read(len(TAG_SIGNATURE)) == TAG_SIGNATURE
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.root / TAG_NAME, os.O_RDONLY | os.O_NOFOLLOW)
+            with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
+                return file.read(len(TAG_SIGNATURE)) == TAG_SIGNATURE
         return False
 
     def now(self) -> float:
         """The file server's clock, in seconds since the epoch: the mtime it gives. Nothing is created for it."""
         tag = self.root / TAG_NAME
-        os.utime(tag)
-        return tag.stat().st_mtime
+        os.utime(tag, follow_symlinks=False)
+        return tag.lstat().st_mtime
 
     # Entries
 
@@ -253,11 +274,26 @@ class Cache:
         return model_of(self.root / key)
 
     def has(self, key: str) -> bool:
-        """Whether `key` is taken; `damage` says whether by a whole entry. Raises `NotACache` for a link."""
+        """Whether there is an entry `key`; `damage` says whether a whole one. Raises as `which` does."""
+        return self.which(key) is not None
+
+    def which(self, key: str) -> tuple[int, int] | None:
+        """What tells the entry `key` from one that replaces it; None when there is none.
+
+        Raises `NotACache` when there is something else than a directory.
+        """
         path = self.root / key
-        if path.is_symlink():
-            raise NotACache(f"{path} is a symbolic link where an entry belongs; remove it by hand")
-        return path.is_dir()
+        # At the opening of a directory a network file system asks its server; of what is in it, it may answer from a
+        # memory of half a minute ago.
+        os.close(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY))
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISDIR(found.st_mode):
+            kind = "symbolic link" if stat.S_ISLNK(found.st_mode) else "file"
+            raise NotACache(f"{path} is a {kind} where an entry belongs; remove it by hand")
+        return found.st_ino, found.st_mtime_ns
 
     def damage(self, key: str, verify: str = "size") -> list[str]:
         """What is wrong with the entry `key`, by file; empty when whole. Raises `OSError` when it can't be told.
@@ -272,14 +308,18 @@ class Cache:
 
     def touch(self, key: str) -> None:
         """Note that the entry was needed just now."""
-        (self.root / key / _LAST_USED).touch()
+        descriptor = os.open(self.root / key / _LAST_USED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            os.utime(descriptor)
+        finally:
+            os.close(descriptor)
 
     def entries(self, now: float) -> tuple[list[Entry], list[str]]:
         """All entries, idle as of `now`, and the names in the cache that are none of ours, which are left alone."""
         known, strange = [], []
         for name in sorted(os.listdir(self.root)):
             path = self.root / name
-            if name in (TAG_NAME, "lost+found", *_INNER) or path.is_symlink() or name.endswith(darwin_disk.TEMPORARY):
+            if name in (TAG_NAME, "lost+found", *_INNER) or path.is_symlink() or darwin_disk.is_temporary(name):
                 continue
             try:
                 if not is_key(name):
@@ -342,16 +382,19 @@ class Cache:
         It is renamed, so that a former owner that is not dead after all finds nothing to write to by its name.
         """
         staging = self.root / _STAGING / f"{key}.{secrets.token_hex(8)}"
-        for left in list((self.root / _STAGING).iterdir()) if lock else ():
+        found = False
+        for left in self._inside(_STAGING) if lock else ():
             if _key_of(left) == key and lock and (lock.inherited or self._is_silent(left)):
-                if staging.exists() or _holds_links(left):
+                if found or _holds_links(left):
                     self.discard(left)
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     left.rename(staging)
-        # Not tempfile.mkdtemp: its 0700 would stay on the entry and keep other users' pods out.
-        for directory in (model_of(staging), parts_of(staging)):
-            directory.mkdir(parents=True, exist_ok=True)
+                    found = True
+        # Not tempfile.mkdtemp: its 0700 would stay on the entry and keep other users' pods out. And what has been taken
+        # over again by now is not begun anew.
+        for directory in (*(() if found else (staging,)), model_of(staging), parts_of(staging)):
+            directory.mkdir(exist_ok=True)
         if lock:
             lock.staging = staging
         return staging
@@ -365,27 +408,30 @@ class Cache:
         """Give what is staged its final name; False when another writer was first and ours was dropped.
 
         The files, whose sizes the manifest states, are on disk before the name is. An entry that is damaged, as far as
-        `verify` looks, is replaced.
+        `verify` looks, is replaced. Raises `RoleError` when what is staged is not what the manifest states.
         """
         (staging / _LAST_USED).touch()
         darwin_disk.remove_tree(parts_of(staging))
         if damage := manifest.damage(model_of(staging)):
-            raise ValueError(f"not published, {'; '.join(damage)}")
+            raise RoleError(f"not published, {summary(damage)}")
         darwin_disk.sync_tree(staging)
         darwin_disk.write_atomically(staging / _MANIFEST, manifest.dump())
         while True:
             try:
                 staging.rename(self.root / key)
             except OSError as error:
-                # On a network file system the reply to a rename that happened can be lost.
-                if not self.has(key) or staging.exists():
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if staging.exists():
+                    if error.errno not in _TAKEN:
                         raise
-                    if not self.damage(key, verify):
+                    if self.has(key) and not self.damage(key, verify):
                         self.discard(staging)
                         return False
                     self._set_aside_damaged(key, verify)
                     continue
+                # On a network file system the reply to a rename that happened can be lost. Or what was staged has been
+                # taken over.
+                if not self.has(key) or self.damage(key, verify):
+                    raise
             break
         darwin_disk.sync(self.root)
         return True
@@ -393,7 +439,7 @@ class Cache:
     def _set_aside_damaged(self, key: str, verify: str) -> None:
         removal = self.announce(key)
         try:
-            # Looked at once more: from the announcement on, a pod that finds a whole one there keeps it there.
+            # Looked at once more: another pod may have replaced it, and others may use it, before the announcement.
             if self.damage(key, verify):
                 self.carry_out(removal)
         finally:
@@ -403,7 +449,12 @@ class Cache:
 
     def set_alias(self, alias: str, key: str) -> None:
         """Point `alias` to `key`. Raises `OSError` where the name is taken by something that is no link."""
-        darwin_disk.replace_link(self.root / alias, key)
+        path = self.root / alias
+        with contextlib.suppress(OSError):
+            if str(path.readlink()) == key:
+                os.utime(path, follow_symlinks=False)  # for which there is room on a full volume
+                return
+        darwin_disk.replace_link(path, key)
 
     def aliases(self) -> dict[str, str]:
         """Alias -> key, for every link in the cache whose both ends look like keys."""
@@ -418,7 +469,7 @@ class Cache:
     def names(self) -> dict[str, str]:
         """Every name by which an entry, published or in the trash, may be asked for -> its key."""
         keys = {name for name in os.listdir(self.root) if is_key(name) and not (self.root / name).is_symlink()}
-        keys |= {key for path in (self.root / _TRASH).iterdir() if (key := _key_of(path))}
+        keys |= {key for path in self._inside(_TRASH) if (key := _key_of(path))}
         return {key: key for key in keys} | self.aliases()
 
     def drop_dangling(self, age: float) -> None:
@@ -434,23 +485,26 @@ class Cache:
                         taken.unlink()
                     else:
                         taken.rename(path)
-        for path in (self.root / _REFS).glob("[!.]*.json"):
-            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-                if not self.has(json.loads(path.read_text(encoding="utf-8"))["key"]) and path.stat().st_mtime < before:
+        for path in self._inside(_REFS):
+            with contextlib.suppress(FileNotFoundError):
+                if (referred := _referred(path)) and not self.has(referred) and path.stat().st_mtime < before:
                     path.unlink()
 
     def set_ref(self, tracking_uri: str, model_uri: str, key: str) -> None:
         """Remember what a URI resolved to, for when the tracking server can't be asked."""
-        darwin_disk.write_atomically(self._ref(tracking_uri, model_uri), json.dumps({"key": key}))
+        path = self._ref(tracking_uri, model_uri)
+        if _referred(path) == key:
+            os.utime(path)  # for which there is room on a full volume
+        else:
+            darwin_disk.write_atomically(path, json.dumps({"key": key}))
 
     def ref(self, tracking_uri: str, model_uri: str) -> tuple[str, float] | None:
         """The key that was last resolved for a URI, and how many seconds ago; None when it never was."""
         path = self._ref(tracking_uri, model_uri)
-        try:
-            key = json.loads(path.read_text(encoding="utf-8"))["key"]
-            return (key, max(0.0, self.now() - path.stat().st_mtime)) if is_key(key) else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        with contextlib.suppress(OSError):
+            if key := _referred(path):
+                return key, max(0.0, self.now() - path.stat().st_mtime)
+        return None
 
     def _ref(self, tracking_uri: str, model_uri: str) -> Path:
         digest = hashlib.sha256(f"{tracking_uri}\n{model_uri}".encode()).hexdigest()
@@ -458,38 +512,44 @@ class Cache:
 
     # Leases
 
-    def lease(self, pod: str, output: str, key: str) -> None:
-        """Claim `key` for a pod's output, instead of what that output used before. Do this before looking at `key`.
+    def lease(self, pod: str, output: str, key: str, uid: str = "") -> None:
+        """Claim `key` for a pod's output, instead of what that output used before. Then look at it, and `keep` it.
 
-        From then on an entry that is there stays, while the pod lives.
+        `uid` tells the pod from others of the same name.
         """
-        # Both parts can be long or hold a slash; what they say is inside the file.
-        digest = hashlib.sha256(f"{pod}\n{output}".encode()).hexdigest()[:32]
-        stem = f"{re.sub('[^A-Za-z0-9.-]', '_', pod)[:128]}.{digest}."
-        leases = self.root / _LEASES
-        before = [path for path in leases.iterdir() if path.name.startswith(stem)]
+        name = re.sub("[^A-Za-z0-9.-]", "_", pod)[:63].rstrip("-.") or "_"
+        whose = hashlib.sha256(f"{pod}\n{uid}\n{output}".encode()).hexdigest()[:16]
+        stem = f"{name}.{uid or '-'}.{whose}."
+        before = [path for path in self._inside(_LEASES) if path.name.startswith(stem)]
         # A new name each time: who drops a lease of the dead can't hit one of the living.
-        path = leases / f"{stem}{secrets.token_hex(8)}.json"
-        darwin_disk.write_atomically(path, json.dumps({"pod": pod, "output": output, "key": key}))
-        self._veto(key)
+        path = self.root / _LEASES / f"{stem}{key}.{secrets.token_hex(8)}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.utime(descriptor)  # with the file server's clock, whatever creating it did
+        finally:
+            os.close(descriptor)
+        darwin_disk.sync(path.parent)
         for old in before:
             old.unlink(missing_ok=True)
 
     def leases(self) -> list[Lease]:
         """All leases. Raises `OSError` or `ValueError` when one can't be read: nothing may be removed then."""
         found = []
-        for path in sorted((self.root / _LEASES).glob("[!.]*.json")):
-            try:
-                written = path.stat().st_mtime
-                data = json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                continue  # its pod moved on between the listing and now
-            except ValueError:
-                data = None
-            if not isinstance(data, dict) or not is_key(str(data.get("key"))):
+        for path in self._inside(_LEASES):
+            if not (told := _LEASE.fullmatch(path.name)):
                 raise ValueError(f"{path} is not a lease; remove it once no pod of that name runs")
-            found.append(Lease(str(data.get("pod")), str(data.get("output")), data["key"], written, path.name))
+            with contextlib.suppress(FileNotFoundError):  # its pod moved on between the listing and now
+                written = path.lstat().st_mtime
+                found.append(Lease(told["pod"], told["uid"].strip("-"), told["key"], written, path.name))
         return found
+
+    def _inside(self, inner: str) -> list[Path]:
+        """What is in a directory of the cache's own; without what begins with a dot, which a file system may put there.
+
+        Raises `OSError` when it can't be told.
+        """
+        directory = self.root / inner
+        return [directory / name for name in sorted(os.listdir(directory)) if not name.startswith(".")]
 
     def drop_lease(self, lease: Lease) -> None:
         (self.root / _LEASES / lease.name).unlink(missing_ok=True)
@@ -511,7 +571,7 @@ class Cache:
         except FileNotFoundError:
             return (removal.trash / _MANIFEST).exists()  # the reply to a rename that happened can be lost
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno in _TAKEN:
                 return False
             raise
         return True
@@ -519,24 +579,22 @@ class Cache:
     def withdraw(self, removal: Removal) -> None:
         """Take the announcement back, whether carried out or not."""
         removal.plan.unlink(missing_ok=True)
-        if (removal.trash / _VETO).exists():
-            self.discard(removal.trash)
+        if removal.trash.is_file():
+            removal.trash.unlink(missing_ok=True)
 
-    def _veto(self, key: str) -> None:
-        for plan in (self.root / _TRASH).glob(f"{key}.*{_PLANNED}"):
-            veto = darwin_disk.temporary(plan)
-            # Not empty: an empty directory would be replaced by a rename.
-            (veto / _VETO).mkdir(parents=True)
-            try:
-                veto.rename(plan.with_suffix(""))
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                    raise
-                darwin_disk.remove_tree(veto)
+    def keep(self, key: str, found: tuple[int, int]) -> bool:
+        """Veto every announced removal of the leased entry that was `found` whole, see `which`. From then on it stays
+        while its pod lives; False when it is gone already."""
+        for plan in self._inside(_TRASH):
+            if plan.name.startswith(f"{key}.") and plan.name.endswith(_PLANNED):
+                # Onto a file no directory can be renamed, and where one is already, no file can be created.
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(plan.with_suffix(""), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        return self.which(key) == found
 
     def trash(self) -> list[tuple[Path, str]]:
         """What waits in the trash, and belongs to no cleanup that is at work: paths and their keys."""
-        found = [(path, _key_of(path)) for path in sorted((self.root / _TRASH).iterdir())]
+        found = [(path, _key_of(path)) for path in self._inside(_TRASH)]
         return [(path, key) for path, key in found if key and not Removal(key, path).plan.exists()]
 
     def restore(self, trash: Path, key: str) -> bool:
@@ -546,7 +604,7 @@ class Cache:
         try:
             trash.rename(self.root / key)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            if error.errno in (*_TAKEN, errno.ENOENT):
                 return False
             raise
         return True
@@ -555,18 +613,23 @@ class Cache:
         """Delete something of the cache, under a name by which nobody can restore it, or go on with it, meanwhile."""
         doomed = self.root / _TRASH / f"{secrets.token_hex(8)}{_DOOMED}"
         with contextlib.suppress(FileNotFoundError):
-            path.rename(doomed)
+            if path.name.endswith(_DOOMED):
+                doomed = path
+            else:
+                path.rename(doomed)
             darwin_disk.remove_tree(doomed)
 
     def leftovers(self) -> Iterator[Path]:
         """What the dead have left: downloads, locks, announcements and half-written files that nobody touches any more,
         and deletions that were not finished."""
-        yield from (self.root / _TRASH).glob(f"*{_DOOMED}")
+        trash = self._inside(_TRASH)
+        yield from (path for path in trash if path.name.endswith(_DOOMED))
         before = self.now() - ABANDONED_SECONDS
-        staged = [path for path in (self.root / _STAGING).iterdir() if _key_of(path)]
-        rest = [*(self.root / _LOCKS).iterdir(), *(self.root / _TRASH).glob(f"*{_PLANNED}")]
-        rest += [path for inner in (".", *_INNER) for path in (self.root / inner).glob(f".*{darwin_disk.TEMPORARY}")]
-        for path in [*staged, *rest]:
+        found = [path for path in self._inside(_STAGING) if _key_of(path)]
+        found += [*self._inside(_LOCKS), *(path for path in trash if path.name.endswith(_PLANNED))]
+        for directory in (self.root, *(self.root / inner for inner in _INNER)):
+            found += [directory / name for name in os.listdir(directory) if darwin_disk.is_temporary(name)]
+        for path in found:
             with contextlib.suppress(FileNotFoundError):
                 if _touched(path) < before:
                     yield path
@@ -574,6 +637,15 @@ class Cache:
 
 def _manifest(entry: Path) -> Manifest:
     return Manifest.parse((entry / _MANIFEST).read_text(encoding="utf-8"))
+
+
+def _referred(ref: Path) -> str | None:
+    """The key in a ref; None when there is none, or none that can be read."""
+    try:
+        key = json.loads(ref.read_text(encoding="utf-8"))["key"]
+        return key if is_key(key) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _damage(entry: Path, verify: str) -> list[str]:
@@ -592,13 +664,13 @@ def _key_of(path: Path) -> str | None:
 
 def _touched(path: Path) -> float:
     """When something last happened to `path` or in it. Not mtime: a copy of a local store's file keeps its source's."""
-    inside = () if path.is_symlink() else path.rglob("*")
+    inside = darwin_disk.below(path) if path.is_dir() and not path.is_symlink() else ()
     return float(max(node.lstat().st_ctime for node in (path, *inside)))
 
 
 def _holds_links(root: Path) -> bool:
     """Whether there are links in what was staged, where a download would follow them."""
-    return any(path.is_symlink() for path in root.rglob("*"))
+    return any(path.is_symlink() for path in darwin_disk.below(root))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,42 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".tmp"
+# What an `OSError` of a full volume, or of a used-up quota, is numbered.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def temporary(path: Path) -> Path:
-    """A name beside `path` for what is to replace it; one that a crash left behind is told by its ending."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+    """A name beside `path` for what is to replace it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether it is a name made by `temporary`, which a crash can leave behind."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def below(directory: Path) -> Iterator[Path]:
+    """Everything below a directory, parents before children; links are not followed.
+
+    Raises `OSError` where a directory can't be listed: what can't be seen is not what isn't there.
+    """
+    with os.scandir(directory) as found:
+        for entry in found:
+            path = Path(entry.path)
+            yield path
+            if entry.is_dir(follow_symlinks=False):
+                yield from below(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -68,9 +90,11 @@ def sync_files(paths: Sequence[Path]) -> None:
 
 def sync_tree(root: Path) -> None:
     """Flush every file and directory below `root`, and `root` itself, children before parents."""
-    sync_files([Path(directory, name) for directory, _, files in os.walk(root) for name in files])
-    for directory, _, _ in os.walk(root, topdown=False):
-        sync(Path(directory))
+    found = [path for path in below(root) if not path.is_symlink()]
+    directories = [path for path in found if path.is_dir()]
+    sync_files([path for path in found if path.is_file()])
+    for directory in (*reversed(directories), root):
+        sync(directory)
 
 
 def remove_tree(path: Path) -> None:
@@ -95,7 +119,7 @@ def _unless_gone(_function: object, _path: object, raised: Any) -> None:
 
 def explain(error: OSError) -> str:
     """What to do about a file system's error, for a message that ends in it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return f"{error}: the volume is full; enlarge it or its sizeLimit, or let cleanup.py free the cache"
     if error.errno == errno.EROFS:
         return f"{error}: the volume is mounted read-only; mount it writable"

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MODEL_FILE = "MLmodel"
+
+# How the names begin that this runtime itself gives files beside a model's. A model that was logged from a directory
+# where it had been served can hold some: they are no part of it.
+RESERVED = ".darwin-"
+
 MAX_BACKOFF_SECONDS = 60.0
 
 MODEL_URI_EXAMPLE = "models:/my-model/3"
@@ -104,7 +109,7 @@ class Source:
     def files(self) -> list[RemoteFile]:
         """All files, at any depth; one request to the store for each directory. Raises as `resolve` does."""
         with explained(self.uri):
-            found = list(_walk(self.store, self.listing))
+            found = [file for file in _walk(self.store, self.listing) if not file.path.startswith(RESERVED)]
         check_names(self.uri, [file.path for file in found])
         return found
 
@@ -438,7 +443,7 @@ def explain(error: Exception, uri: str) -> RoleError:
         return RoleError(f"cannot read {uri}: {hint} ({reason})")
     status = next((found for one in chain if (found := _status(one)) is not None), None)
     if isinstance(cause, FileNotFoundError):
-        status = 404
+        return RoleError(f"cannot read {uri}: {cause}; a file of its store, or a directory of this machine, is missing")
     lost = any(_TRANSPORT & {base.__name__ for base in type(one).__mro__} for one in chain)
     if status in (408, 429) or (status or 0) >= 500 or (status is None and lost):
         where = f"the tracking server {os.environ.get('MLFLOW_TRACKING_URI')}" if needs_tracking(uri) else "its store"
@@ -481,6 +486,8 @@ def _status(error: BaseException) -> int | None:
         return int(code)
     if hasattr(error, "get_http_status_code"):
         # MLflow's code for everything that has no better one, whatever the status was.
-        status = int(error.get_http_status_code())
-        return None if status == 500 else status
+        if (status := int(error.get_http_status_code())) != 500:
+            return status
+        told = re.search(r"failed with error code (\d{3})\b", str(error))
+        return int(told[1]) if told else None
     return None

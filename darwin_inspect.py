@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cache is None:
             raise _Unknown(f"{asked.cache} is empty")
         return _verify(cache, asked) if asked.command == "verify" else _list(cache)
-    except (NotACache, OSError, _Unknown) as error:
+    except (NotACache, OSError, ValueError, _Unknown) as error:
         sys.stderr.write(f"{error}\n")
         return 2
 

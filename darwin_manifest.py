@@ -14,6 +14,8 @@ import darwin_cpus
 # How thoroughly to compare: not at all; that each file is there with its size; its bytes, too, which reads all of them.
 VERIFY = ("off", "size", "sha256")
 
+TOLD = 5
+
 
 @dataclass(frozen=True)
 class File:
@@ -48,7 +50,7 @@ class Manifest:
                 raise ValueError(f"manifest format {data['format']!r} is not known here")
             files = [File(str(file["path"]), int(file["size"]), str(file["sha256"])) for file in data["files"]]
             return cls(str(data["model_uri"]), dict(data["resolved"]), files)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
 
     def damage(self, model: Path, verify: str = "size") -> list[str]:
@@ -69,6 +71,12 @@ class Manifest:
                 for file, there in zip(self.files, digests, strict=True)
                 if there != file.sha256
             ]
+
+
+def summary(damage: Sequence[str]) -> str:
+    """The first few of what `Manifest.damage` found, for a message."""
+    more = f"; and {len(damage) - TOLD} files more" if len(damage) > TOLD else ""
+    return "; ".join(damage[:TOLD]) + more
 
 
 def _differs(path: Path, size: int) -> str | None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import darwin_disk
-from darwin_manifest import Manifest
+from darwin_log import RoleError
+from darwin_manifest import Manifest, summary
 
 MODEL_FILE = "MLmodel"
 RECORD = ".darwin-output.json"
@@ -53,12 +54,20 @@ def read(output: Path) -> Record | None:
 def holds(output: Path, key: str, verify: str = "size") -> bool:
     """True when the output is a copy of the model `key`, whole as far as `verify` (of `darwin_manifest`) looks."""
     record = read(output)
-    return (
-        record is not None
-        and record.key == key
-        and not any((output / name).is_symlink() for name in record.entries)
-        and not record.manifest.damage(output, verify)
-    )
+    return record is not None and record.key == key and _is_whole(output, record, verify)
+
+
+def held(output: Path, model_uri: str, verify: str = "size") -> Manifest | None:
+    """The manifest of the model at the output, if that came from `model_uri` and is a whole copy; see `holds`."""
+    record = read(output)
+    if record is None or record.manifest.model_uri != model_uri or not _is_whole(output, record, verify):
+        return None
+    return record.manifest
+
+
+def _is_whole(output: Path, record: Record, verify: str) -> bool:
+    linked = any((output / name).is_symlink() for name in record.entries)
+    return not linked and not record.manifest.damage(output, verify)
 
 
 def stage(output: Path, key: str) -> Path:
@@ -84,9 +93,9 @@ def staged(staging: Path) -> tuple[Path, Path]:
 
 
 def move(staging: Path, output: Path, key: str, manifest: Manifest) -> None:
-    """Put the staged files at the output. Raises `ValueError` when they are not what the manifest says."""
+    """Put the staged files at the output. Raises `RoleError` when they are not what the manifest says."""
     if damage := manifest.damage(staging):
-        raise ValueError(f"not placed, {'; '.join(damage)}")
+        raise RoleError(f"not placed, {summary(damage)}")
     darwin_disk.sync_tree(staging)
     _place(staging, output, key, manifest, lambda source, target: source.rename(target), ".")
     unstage(output)
@@ -113,7 +122,10 @@ def copy(model: Path, output: Path, key: str, manifest: Manifest) -> None:
     """Put a copy of the cached model at the output, for main containers that don't mount the cache."""
     unstage(output)
     copied, _ = staged(output / STAGING)
-    shutil.copytree(model, copied)
+    for file in manifest.files:
+        target = copied / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model / file.path, target)
     move(copied, output, key, manifest)
 
 

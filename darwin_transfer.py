@@ -2,12 +2,17 @@
 
 A file is put together in `parts/` and moved into the model's directory once it has arrived whole and is on disk. So a
 directory that was left half-way holds whole files only, and a later run, in another pod perhaps, goes on from there.
+
+A part is named `<file>.<validator>.<bytes>`: a hash of the file's path; one of what tells whether the store still has
+the same file; how many bytes are on disk for good. What is beyond those may be holes, if the machine that wrote them
+has crashed, so a later run does not count on it.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -16,12 +21,13 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import darwin_cpus
 import darwin_disk
@@ -34,17 +40,24 @@ from darwin_manifest import File, digest
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
+T = TypeVar("T")
+
 REGISTERED_MODEL_META = "registered_model_meta"
 
 # So many files at a time, as CPUs allow: hashing is work, and a store far away is waited for. Each holds one chunk in
 # memory.
-FILES_PER_CPU = 1
-LEAST_FILES, MOST_FILES = 3, 16
-CHUNK_BYTES = 256 << 10
-WRITE_BYTES = 2 << 20
+FILES_PER_CPU = 2
+LEAST_FILES, MOST_FILES = 4, 16
+CHUNK_BYTES = 1 << 20
 
-# Between two times of having on disk, for good, what has arrived.
-COMMIT_SECONDS = 1.0
+WRITE_BYTES = 16 << 20
+
+# How often what has arrived is put on disk for good, which costs: a transfer that is killed loses no more than this.
+COMMIT_SECONDS = 5.0
+LOOK_SECONDS = 1.0
+
+# So long, after a failure, the other files have to come to an end.
+END_SECONDS = 5.0
 
 # A store that sends less than this in that time has stalled, even if it sends something.
 STALL_SECONDS = 60.0
@@ -53,6 +66,8 @@ STALL_BYTES = 60 << 10
 TIMEOUT_SECONDS = 3600.0
 
 _DIGESTS = ("Repr-Digest", "Digest")
+
+_PART = re.compile(r"(?P<name>[0-9a-f]{32})\.(?P<validator>[0-9a-f]{16})\.(?P<synced>\d+)")
 
 PROGRESS_SECONDS = 5.0
 TERMINAL_PROGRESS_SECONDS = 0.5
@@ -69,15 +84,39 @@ class Deadline:
 
     def check(self, what: str) -> None:
         """Raise `RoleError` once it has passed."""
-        if time.monotonic() > self._end:
+        if self.left() < 0:
             raise RoleError(
                 f"{what}: not done within DOWNLOAD_TIMEOUT_SECONDS={self.seconds:g}; what has arrived is kept for the "
                 f"next attempt, which goes on from there"
             )
 
+    def left(self) -> float:
+        """Seconds; below zero once it has passed."""
+        return self._end - time.monotonic()
+
 
 class _Stopped(Exception):
     """Another file has failed."""
+
+
+def within(seconds: float, action: Callable[[], T], what: str) -> T:
+    """Run an `action` that knows no time limit, and leave it alone once it has taken so long.
+
+    Raises what it raises, and `Unreachable` when it has not ended in time.
+    """
+    ended: Future[T] = Future()
+    if seconds > 0:
+        start_threads(1, lambda: _settle(ended, action))
+    if not wait([ended], max(0.0, seconds)).done:
+        raise Unreachable(f"{what}: no answer in time")
+    return ended.result()
+
+
+def _settle(future: Future[T], action: Callable[[], T]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:  # to be raised by who waits
+        future.set_exception(error)
 
 
 def fetch_model(uri: str, destination: Path) -> None:
@@ -88,7 +127,7 @@ def fetch_model(uri: str, destination: Path) -> None:
     if why := darwin_fetch.check_uri(uri):
         raise ConfigError([f"{uri!r} {why}"])
     source = darwin_fetch.persist(lambda: darwin_fetch.resolve(uri), Retry())
-    parts = destination / ".parts"
+    parts = destination / f"{darwin_fetch.RESERVED}parts"
     Transfer(source, destination, parts, Retry(), Deadline(TIMEOUT_SECONDS)).run()
     darwin_disk.remove_tree(parts)
 
@@ -96,27 +135,33 @@ def fetch_model(uri: str, destination: Path) -> None:
 class Transfer:
     """One model's way into the directory `model`, by way of `parts` on the same file system. Both are made."""
 
-    def __init__(self, source: Source, model: Path, parts: Path, retry: Retry, deadline: Deadline) -> None:
+    def __init__(
+        self, source: Source, model: Path, parts: Path, retry: Retry, deadline: Deadline, *, shared: bool = False
+    ) -> None:
+        """`shared`: another process may still be writing to the parts that are there."""
         self.source = source
         self.model = model
         self.parts = parts
         self.retry = retry
         self.deadline = deadline
+        self.shared = shared
         self.total = 0
         self._done: dict[str, int] = {}
-        self._left: dict[str, str] = {}
+        self._left: dict[str, Path] = {}
+        self._arriving: set[_Part] = set()
         self._stop = threading.Event()
 
     def run(self) -> list[File]:
         """Bring every file, and return them with size and sha256.
 
-        Raises `RoleError` when there is no room or no time, `Damaged` or `Unreachable` when a file's attempts are used
-        up, `OSError` when the disk fails.
+        Raises `RoleError` when there is no time, `Damaged` or `Unreachable` when a file's attempts are used up,
+        `OSError` when the disk fails or is too small.
         """
         for directory in (self.model, self.parts):
             directory.mkdir(parents=True, exist_ok=True)
-        self._left = {name.partition(".")[0]: name for name in os.listdir(self.parts)}
-        files = darwin_fetch.persist(self.source.files, self.retry)
+        self._left = self._parts()
+        what = f"cannot list {self.source.uri} before DOWNLOAD_TIMEOUT_SECONDS are over"
+        files = within(self.deadline.left(), lambda: darwin_fetch.persist(self.source.files, self.retry), what)
         self.total = sum(file.size or 0 for file in files)
         here = self._here(files)
         self._check_space(files, here)
@@ -127,13 +172,25 @@ class Transfer:
             found.append(self._registered_model_meta())
         return found
 
+    def _parts(self) -> dict[str, Path]:
+        """What an earlier run left that can be gone on with, by the part's name. Else, as what a store's own library
+        left of a download of several pieces at once, it is removed."""
+        found = {}
+        for path in [self.parts / name for name in os.listdir(self.parts)]:
+            told = _PART.fullmatch(path.name)
+            if told and path.is_file() and not path.is_symlink():
+                found[told["name"]] = path
+            else:
+                darwin_disk.remove_tree(path)
+        return found
+
     def arrived(self) -> int:
         """How many bytes are on disk."""
         size = sum(self._done.values())
         # Meanwhile parts are given their names, and all may have been published.
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             for name in os.listdir(self.parts):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     size += (self.parts / name).stat().st_size
         return size
 
@@ -153,10 +210,9 @@ class Transfer:
     def _check_space(self, files: list[RemoteFile], here: int) -> None:
         free = shutil.disk_usage(self.model).free
         if self.total - here > free:
-            raise RoleError(
-                f"{self.source.uri} needs {human(self.total)} in {len(files)} files, but only "
-                f"{human(free)} are free at {self.model}; nothing was downloaded. Enlarge the volume or its "
-                f"sizeLimit, or let cleanup.py free the cache"
+            need = f"{human(self.total)} in {len(files)} files, of which {human(here)} are here"
+            raise OSError(
+                errno.ENOSPC, f"{self.source.uri} has {need}, but only {human(free)} are free", str(self.model)
             )
 
     def _all(self, files: list[RemoteFile]) -> list[File]:
@@ -164,35 +220,55 @@ class Transfer:
         arrived: dict[str, Path] = {}
         committed = time.monotonic()
         ended: SimpleQueue[Future[tuple[File, Path | None]]] = SimpleQueue()
-        at_once = min(MOST_FILES, max(LEAST_FILES, FILES_PER_CPU * darwin_cpus.cpu_limit()))
-        with ThreadPoolExecutor(at_once) as pool:
-            # The largest first, or the last one to begin would keep all waiting.
-            for remote in sorted(files, key=lambda file: -(file.size or 0)):
-                pool.submit(self._one, remote).add_done_callback(ended.put)
-            try:
-                while len(found) < len(files):
-                    with contextlib.suppress(Empty):
-                        file, part = ended.get(timeout=COMMIT_SECONDS).result()
-                        found[file.path] = file
-                        if part:
-                            arrived[file.path] = part
-                    if time.monotonic() - committed > COMMIT_SECONDS:
-                        self._commit(arrived)
-                        committed = time.monotonic()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                self._commit(arrived)
-                raise
+        # The largest first, or the last one to begin would keep all waiting.
+        todo = sorted(files, key=lambda file: file.size or 0)
+        at_once = min(MOST_FILES, max(LEAST_FILES, FILES_PER_CPU * darwin_cpus.cpu_limit()), len(files))
+        threads = start_threads(at_once, lambda: self._work(todo, ended))
+        try:
+            while len(found) < len(files):
+                with contextlib.suppress(Empty):
+                    file, part = ended.get(timeout=LOOK_SECONDS).result()
+                    found[file.path] = file
+                    if part:
+                        arrived[file.path] = part
+                self.deadline.check(f"download of {self.source.uri}")
+                if time.monotonic() - committed > COMMIT_SECONDS:
+                    for one in self._arriving.copy():
+                        one.sync()
+                    self._commit(arrived)
+                    committed = time.monotonic()
+        except BaseException:
+            self._stop.set()
+            # Inside a store's own library, there is no stopping them.
+            until = time.monotonic() + END_SECONDS
+            for thread in threads:
+                thread.join(max(0.0, until - time.monotonic()))
+            self._commit(arrived)
+            raise
         self._commit(arrived)
         return [found[file.path] for file in files]
+
+    def _work(self, todo: list[RemoteFile], ended: SimpleQueue[Future[tuple[File, Path | None]]]) -> None:
+        """Bring files, from the end of the list, as long as there are any."""
+        while not self._stop.is_set():
+            try:
+                file = todo.pop()
+            except IndexError:
+                return
+            done: Future[tuple[File, Path | None]] = Future()
+            _settle(done, partial(self._one, file))
+            ended.put(done)
+            if done.exception():
+                self._stop.set()
 
     def _commit(self, arrived: dict[str, Path]) -> None:
         """Have whole parts on disk, and give them their names. Together: each by itself costs many times as much."""
         darwin_disk.sync_files(list(arrived.values()))
         for name, part in arrived.items():
             local = self.model / name
-            local.parent.mkdir(parents=True, exist_ok=True)
+            # Only in the model: what another pod has taken over is not begun anew.
+            for parent in reversed(local.relative_to(self.model).parents[:-1]):
+                (self.model / parent).mkdir(exist_ok=True)
             self._done[name] = part.stat().st_size
             part.rename(local)
         arrived.clear()
@@ -203,8 +279,19 @@ class Transfer:
         if local.is_file():
             size = self._done[file.path] = local.stat().st_size
             return File(file.path, size, digest(local)), None
-        part = _Part(self.parts, file.path, self._left)
-        darwin_fetch.persist(lambda: self._bring(file, part), self.retry, self._wait)
+        part = _Part(self.parts, file.path)
+        if left := self._left.get(part.name):
+            # Never all of it: the store is asked at least once whether the file is the same still.
+            part.take_over(left, sys.maxsize if file.size is None else file.size - 1, self._check, copied=self.shared)
+        self._arriving.add(part)
+        try:
+            darwin_fetch.persist(lambda: self._bring(file, part), self.retry, self._wait)
+        except BaseException:
+            part.sync()
+            raise
+        finally:
+            self._arriving.discard(part)
+            part.end()
         part.path.chmod(0o644)  # a local store's own modes may keep other users' containers out
         return File(file.path, part.size, part.sha256.hexdigest()), part.path
 
@@ -213,7 +300,7 @@ class Transfer:
         self._check()
         if not part.validator:
             part.restart("")
-        if part.size and part.size == file.size:
+        if part.size and part.size == file.size and part.is_as_told():
             return
         answer = self.source.store.open(file.path, part.size)
         if answer is None:
@@ -234,8 +321,7 @@ class Transfer:
 
     def _stream(self, file: RemoteFile, part: _Part, answer: BaseHTTPResponse) -> None:
         since, before = time.monotonic(), part.size
-        part.there = True
-        with part.path.open("ab", buffering=0) as target:
+        with part.open() as target:
             for chunk in self._chunks(answer):
                 self._check()
                 part.add(target, chunk)
@@ -299,43 +385,66 @@ class Transfer:
 class _Part:
     """A file on its way, with the sha256 of what is there, and what tells whether the store still has the same file.
 
-    The validator is in the file's name: without it, what an earlier run left is of no use.
+    Without a validator, what an earlier run left is of no use.
     """
 
-    def __init__(self, directory: Path, name: str, left: Mapping[str, str]) -> None:
-        """`left` are the parts that an earlier run left."""
+    def __init__(self, directory: Path, path: str) -> None:
+        """`path` is the file's, in its model."""
         self.directory = directory
-        self.name = hashlib.sha256(name.encode()).hexdigest()[:32]
-        self.size = 0
-        self.sha256 = hashlib.sha256()
-        self.validator = ""
+        self.name = hashlib.sha256(path.encode()).hexdigest()[:32]
         self.there = False
-        self._begun = 0
-        self._told: list[tuple[hashlib._Hash, bytes]] = []
-        if self.name in left:
-            self._take_over(directory / left[self.name])
-
-    @property
-    def path(self) -> Path:
-        return self.directory / f"{self.name}.{self.validator}"
-
-    def _take_over(self, left: Path) -> None:
-        self.validator = left.name.partition(".")[2]
-        if self.validator and not left.is_symlink():
-            # Into a new file: whoever began it may not be dead, and still write to the old one.
-            copy = darwin_disk.temporary(left)
-            shutil.copyfile(left, copy)
-            copy.replace(left)
-            self.read()
-        else:
-            left.unlink()
+        self._naming = threading.Lock()
+        self._ended = False
+        self.restart("")
 
     def restart(self, validator: str) -> None:
         """Begin anew, with a file that `validator` tells."""
-        if self.there:
-            self.path.unlink(missing_ok=True)
-        self.size, self.sha256, self.validator, self.there = 0, hashlib.sha256(), validator, False
+        with self._naming:
+            if self.there:
+                self.path.unlink(missing_ok=True)
+            self.size = 0
+            self.synced = 0
+            self.sha256 = hashlib.sha256()
+            self.validator = validator
+            self.there = False
         self._begun = 0
+        self._told: list[tuple[hashlib._Hash, bytes]] = []
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"{self.name}.{self.validator}.{self.synced}"
+
+    def take_over(self, left: Path, most: int, check: Callable[[], None], *, copied: bool) -> None:
+        """Go on with the part `left` of an earlier run, but with no more than `most` bytes of it.
+
+        To be `copied` is a part that who began it may still write to. Raises what `check`, called now and then, raises.
+        """
+        told = _PART.fullmatch(left.name)
+        assert told
+        most = min(most, int(told["synced"]))
+        new = darwin_disk.temporary(left)
+        try:
+            with (
+                left.open("rb" if copied else "r+b") as old,
+                new.open("xb") if copied else contextlib.nullcontext() as target,
+            ):
+                while chunk := old.read(min(CHUNK_BYTES, most - self.size)):
+                    check()
+                    self.sha256.update(chunk)
+                    self.size += len(chunk)
+                    if target:
+                        target.write(chunk)
+                if not target:
+                    old.truncate(self.size)
+            self.validator, self.synced = told["validator"], 0 if copied else self.size
+            (new if copied else left).rename(self.path)
+            self.there = True
+        except OSError:
+            # No room for a copy, for one.
+            self.restart("")
+            new.unlink(missing_ok=True)
+        if copied or not self.there:
+            left.unlink(missing_ok=True)
 
     def goes_on(self, answer: BaseHTTPResponse) -> bool:
         """Whether `answer` can be added to what is there; when it is a whole file, that begins anew."""
@@ -351,20 +460,44 @@ class _Part:
         self._told = list(_checksums(answer, self.sha256))
         return True
 
+    def open(self) -> BinaryIO:
+        """To be added to."""
+        with self._naming:
+            self.there = True
+            return self.path.open("ab", buffering=0)
+
     def add(self, target: BinaryIO, chunk: bytes) -> None:
         view = memoryview(chunk)
         while view:
             view = view[target.write(view) :]
         self.size += len(chunk)
+        self.sha256.update(chunk)
+        for hasher, _ in self._told:
+            if hasher is not self.sha256:
+                hasher.update(chunk)
         if self.size - self._begun >= WRITE_BYTES:
             # Have the disk begin, or it would all be left for the end. (What is being written is not forgotten.)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(target.fileno(), self._begun, self.size - self._begun, os.POSIX_FADV_DONTNEED)
             self._begun = self.size
-        self.sha256.update(chunk)
-        for hasher, _ in self._told:
-            if hasher is not self.sha256:
-                hasher.update(chunk)
+
+    def sync(self) -> None:
+        """Have what has arrived on disk for good, beside the thread that adds to it."""
+        with self._naming:
+            size, path, begun = self.size, self.path, self.sha256
+        if not self.validator or size == self.synced:
+            return
+        with contextlib.suppress(FileNotFoundError):  # it is begun anew
+            darwin_disk.sync(path)
+            with self._naming:
+                if self.there and self.sha256 is begun and not self._ended:
+                    self.synced = size
+                    path.rename(self.path)
+
+    def end(self) -> None:
+        """From now on the part keeps its name."""
+        with self._naming:
+            self._ended = True
 
     def read(self) -> None:
         """Take the file as it is on disk."""
@@ -379,11 +512,16 @@ class _Part:
 
 
 def _validator(answer: BaseHTTPResponse) -> str:
-    """What tells a store's file from another of the same name (RFC 9110, 8.8.3), to be put in a name; else nothing."""
+    """What tells a store's file from another of the same name (RFC 9110, 8.8.3), to be put in a name; else nothing.
+
+    A checksum belongs to it: a rest that comes without what was told of the whole could not be checked. One of the body
+    alone does not tell of the rest.
+    """
     tag = answer.headers.get("ETag", "")
-    if not tag.startswith('"') or _is_encoded(answer):
+    if not tag.startswith('"') or _is_encoded(answer) or "Content-MD5" in answer.headers:
         return ""
-    return hashlib.sha256(tag.encode()).hexdigest()[:16]
+    told = [tag, *(answer.headers.get(name, "") for name in _DIGESTS)]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def _length(answer: BaseHTTPResponse) -> int | None:
@@ -407,6 +545,14 @@ def _checksums(answer: BaseHTTPResponse, sha256: hashlib._Hash) -> Iterator[tupl
     if answer.status == HTTPStatus.OK and (md5 := answer.headers.get("Content-MD5")):
         with contextlib.suppress(ValueError):
             yield hashlib.md5(usedforsecurity=False), base64.b64decode(md5)
+
+
+def start_threads(count: int, work: Callable[[], None]) -> list[threading.Thread]:
+    """Threads that keep no process from ending."""
+    threads = [threading.Thread(target=work, name=f"transfer-{number}", daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 class _Progress:

@@ -11,15 +11,14 @@ Exit codes: 0 the model is there; 1 it is not, trying again may help; 2 the sett
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import darwin_cache
@@ -29,16 +28,20 @@ import darwin_manifest
 import darwin_mlflow
 import darwin_output
 import darwin_transfer
+import k8s_client
 from darwin_cache import Cache, Holder, Lock, NotACache
 from darwin_env import ConfigError, Reader
 from darwin_fetch import Retry, Source, Unreachable
-from darwin_log import Redactor, RoleError, human, log_settings, mask_uri, run_role
-from darwin_manifest import Manifest
+from darwin_log import Redactor, RoleError, human, leave, log_settings, mask_uri, run_role
+from darwin_manifest import Manifest, summary
 from darwin_transfer import Deadline, Transfer
 
 # How often a pod looks whether another has finished the download, and how often it says that it waits.
 POLL_SECONDS = 0.5
 WAITING_SECONDS = 5.0
+
+# So long MLflow is waited for, retries and all, where what the URI last resolved to is at hand.
+PATIENCE_SECONDS = 60.0
 
 logger = logging.getLogger("darwin.download")
 
@@ -56,6 +59,7 @@ class Settings:
     deployment: str
     link_mode: str
     pod: str
+    uid: str
     tracking_uri: str
 
     @classmethod
@@ -75,6 +79,7 @@ class Settings:
             deployment=read.text("DEPLOYMENT_NAME"),
             link_mode=read.choice("LINK_MODE", "symlink", ("symlink", "copy")),
             pod=read.text("POD_NAME", socket.gethostname()),
+            uid=k8s_client.pod_uid(),
             tracking_uri=read.raw("MLFLOW_TRACKING_URI"),
         )
         read.finish()
@@ -84,7 +89,14 @@ class Settings:
 def to_output(settings: Settings, deadline: Deadline) -> None:
     """`emptydir`: the model's files at OUTPUT_PATH itself."""
     _make_output(settings.output)
-    source = darwin_fetch.persist(lambda: darwin_fetch.resolve(settings.model_uri), settings.retry)
+    held = darwin_output.held(settings.output, mask_uri(settings.model_uri), settings.verify)
+    try:
+        source = _resolve(settings, deadline, fallback=held is not None)
+    except Unreachable as error:
+        if held is None:
+            raise
+        _fall_back(error, f"{settings.output} holds", held)
+        return
     key = darwin_cache.make_key(source.identity, source.listing)
     if darwin_output.holds(settings.output, key, settings.verify):
         darwin_output.unstage(settings.output)
@@ -109,8 +121,9 @@ def through_cache(settings: Settings, deadline: Deadline) -> None:
             f"cannot write to CACHE_PATH {settings.cache} ({darwin_disk.explain(error)}); "
             f"mount the cache's volume there, writable by user {os.getuid()}"
         ) from error
+    known = cache.ref(mask_uri(settings.tracking_uri), settings.model_uri)
     try:
-        source = darwin_fetch.persist(lambda: darwin_fetch.resolve(settings.model_uri), settings.retry)
+        source = _resolve(settings, deadline, fallback=known is not None and cache.has(known[0]))
     except Unreachable as error:
         key = _last_known(cache, settings, error)
     else:
@@ -121,51 +134,83 @@ def through_cache(settings: Settings, deadline: Deadline) -> None:
     _provide(cache, settings, key)
 
 
+def _resolve(settings: Settings, deadline: Deadline, *, fallback: bool) -> Source:
+    """Raises as `darwin_fetch.resolve` does, in time to start from what is at hand if there is a `fallback`."""
+    left = min(deadline.left(), PATIENCE_SECONDS) if fallback else deadline.left()
+    what = f"cannot resolve {settings.model_uri}, for which there are {left:.0f} s of DOWNLOAD_TIMEOUT_SECONDS"
+    return darwin_transfer.within(
+        left, lambda: darwin_fetch.persist(lambda: darwin_fetch.resolve(settings.model_uri), settings.retry), what
+    )
+
+
 def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline) -> str:
     """Make sure that the cache has `source`, whole; return its key. Of several pods one downloads, the others wait."""
     key = darwin_cache.make_key(source.identity, source.listing)
     # Before looking: from here on cleanup keeps the entry, or had already moved it out of sight.
-    cache.lease(settings.pod, str(settings.output), key)
+    cache.lease(settings.pod, str(settings.output), key, settings.uid)
+    look = _Look(cache, key, settings.verify)
     waiting = _Waiting(key)
-    while not _has(cache, settings, key):
-        held = cache.try_lock(key, f"{settings.pod} {settings.output}")
+    filled = False
+    while not look():
+        held = cache.try_lock(key, " ".join(filter(None, (settings.pod, settings.uid, str(settings.output)))))
         if isinstance(held, Holder):
             deadline.check(f"waiting for {held.owner} to download {source.uri}")
             waiting.say(held)
             time.sleep(POLL_SECONDS)
         # It may have come between the look and the lock.
-        elif _has(cache, settings, key):
+        elif look():
             held.release(done=True)
         else:
-            _fill(cache, settings, source, key, held, deadline)
-            break
-    else:
+            filled = _fill(cache, settings, source, key, held, deadline)
+    if not filled:
         logger.info("%s is in the cache as %s, 0 bytes transferred", _named(source), key)
-    cache.set_ref(mask_uri(settings.tracking_uri), settings.model_uri, key)
+    try:
+        cache.set_ref(mask_uri(settings.tracking_uri), settings.model_uri, key)
+    except OSError as error:  # the model is there all the same
+        logger.warning("what %s resolved to is not remembered: %s", settings.model_uri, darwin_disk.explain(error))
     return key
 
 
-def _has(cache: Cache, settings: Settings, key: str) -> bool:
-    """Whether the entry is there and whole; a damaged one is left until it can be replaced."""
-    if not cache.has(key):
-        return False
-    if damage := cache.damage(key, settings.verify):
-        logger.warning("the cache entry %s is damaged and will be replaced: %s", key, "; ".join(damage))
-    return not damage
+class _Look:
+    """Tells whether an entry is there and whole, and keeps it there, as its pod has leased it."""
+
+    def __init__(self, cache: Cache, key: str, verify: str) -> None:
+        self.cache = cache
+        self.key = key
+        self.verify = verify
+        self.damaged: tuple[int, int] | None = None
+
+    def __call__(self) -> bool:
+        there = self.cache.which(self.key)
+        # One that is replaced is another directory. Reading all of it again, and again, would keep others from it.
+        if there is None or there == self.damaged:
+            return False
+        if damage := self.cache.damage(self.key, self.verify):
+            self.damaged = there
+            logger.warning("the cache entry %s is damaged: %s", self.key, summary(damage))
+            return False
+        return self.cache.keep(self.key, there)
 
 
-def _fill(cache: Cache, settings: Settings, source: Source, key: str, lock: Lock, deadline: Deadline) -> None:
-    staging = cache.stage(key, lock)
+def _fill(cache: Cache, settings: Settings, source: Source, key: str, lock: Lock, deadline: Deadline) -> bool:
+    """Download and publish; False when another pod, which took this one for dead, has taken the download over."""
     done = False
     try:
+        staging = cache.stage(key, lock)
         model, parts = darwin_cache.model_of(staging), darwin_cache.parts_of(staging)
-        transfer = Transfer(source, model, parts, settings.retry, deadline)
-        with _beating(lock, transfer), _room_made(lambda: cache.discard(staging)):
+        transfer = Transfer(source, model, parts, settings.retry, deadline, shared=True)
+        with _beating(lock, transfer), _room_made(partial(cache.discard, staging)):
             first = cache.publish(staging, key, _manifest(source, transfer), settings.verify)
         done = True
+    except (OSError, RoleError) as error:
+        if not lock.is_lost():
+            raise
+        logger.warning("another pod has taken this download over (%s)", error)
+        return False
     finally:
         lock.release(done=done)
     logger.info("%s %s as %s", _named(source), "published" if first else "was published meanwhile", key)
+    return True
 
 
 @contextlib.contextmanager
@@ -192,7 +237,7 @@ def _room_made(discard: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in darwin_disk.FULL:
             discard()
         raise
 
@@ -222,18 +267,17 @@ def _last_known(cache: Cache, settings: Settings, error: Unreachable) -> str:
     if ref is None:
         raise RoleError(f"{error}; and the cache {settings.cache} has never held this URI's model") from error
     key, age = ref
-    cache.lease(settings.pod, str(settings.output), key)
-    if not cache.has(key) or cache.damage(key, settings.verify):
+    cache.lease(settings.pod, str(settings.output), key, settings.uid)
+    if not _Look(cache, key, settings.verify)():
         raise RoleError(f"{error}; and what it last resolved to, cache entry {key}, is not there whole") from error
-    logger.warning(
-        "%s. FALLING BACK to what %s resolved to %.1f hours ago: cache entry %s, %s",
-        error,
-        settings.model_uri,
-        age / 3600,
-        key,
-        " ".join(f"{name}={value}" for name, value in cache.manifest(key).resolved.items()),
-    )
+    what = f"{settings.model_uri} resolved {age / 3600:.1f} hours ago to cache entry {key}:"
+    _fall_back(error, what, cache.manifest(key))
     return key
+
+
+def _fall_back(error: Unreachable, what: str, manifest: Manifest) -> None:
+    resolved = " ".join(f"{name}={value}" for name, value in manifest.resolved.items())
+    logger.warning("%s. FALLING BACK to the model at hand, which may be an older one: %s %s", error, what, resolved)
 
 
 def _provide(cache: Cache, settings: Settings, key: str) -> None:
@@ -250,7 +294,8 @@ def _provide(cache: Cache, settings: Settings, key: str) -> None:
         logger.info("%s already holds a copy of %s", settings.output, cache.model(key))
         return
     put = darwin_output.copy if settings.link_mode == "copy" else darwin_output.link
-    put(cache.model(key).absolute(), settings.output, key, cache.manifest(key))
+    with _room_made(lambda: darwin_output.unstage(settings.output)):
+        put(cache.model(key).absolute(), settings.output, key, cache.manifest(key))
     logger.info("%s holds the model, as %s of %s", settings.output, settings.link_mode, cache.model(key))
 
 
@@ -297,4 +342,4 @@ def main(environ: Mapping[str, str] = os.environ) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

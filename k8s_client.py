@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import ssl
 import time
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ _ADVICE = {
     401: "the service account's token was refused, also after reading it again: does the service account still exist?",
     403: "give the pod's service account a Role with the verb list on pods in that namespace, and a RoleBinding",
 }
+
+_POD = re.compile(r"/pods/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/")
 
 logger = logging.getLogger("darwin.k8s")
 
@@ -58,6 +61,15 @@ class ApiError(Exception):
         what = f"{self.code} {self.reason}" if self.code else f"no answer, {self.reason}"
         advice = f" ({_ADVICE[self.code]})" if self.code in _ADVICE else ""
         return f"Kubernetes API: {what}: {self.message}{advice}"
+
+
+def pod_uid(mountinfo: Path = Path("/proc/self/mountinfo")) -> str:
+    """The UID of the pod this runs in, as the paths of what the kubelet mounts into it tell; empty elsewhere."""
+    try:
+        found = _POD.search(mountinfo.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def namespace(directory: Path = SERVICE_ACCOUNT) -> str:

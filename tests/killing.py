@@ -108,10 +108,12 @@ def no_locks() -> None:
 
 
 def quick_heartbeat() -> None:
-    """The dead are noticed soon."""
+    """The dead are noticed soon, and leave what had arrived."""
     import darwin_cache
+    import darwin_transfer
     import download
 
+    darwin_transfer.COMMIT_SECONDS, darwin_transfer.LOOK_SECONDS = 0.2, 0.05
     darwin_cache.HEARTBEAT_SECONDS, darwin_cache.SILENCE_SECONDS, download.POLL_SECONDS = 0.2, 1.0, 0.05
 
 

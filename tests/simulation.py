@@ -1,7 +1,7 @@
 """The cache under everything at once, a step at a time: downloads, restarts, pods that come, go and are killed, several
 cleanups, time passing, clocks that are wrong, files that rot.
 
-    python -m tests.simulation --seed 1 --steps 10000 [--no-locks]
+    python -m tests.simulation --seed 1 --steps 10000 [--no-locks] [--without veto]
 
 What runs is the real code on a real directory. Each actor is a thread that stops before everything it does to the disk
 (Python's audit events tell) and before and after it lists pods; a seeded scheduler says who goes on. Killed is who is
@@ -24,9 +24,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+
+import yaml  # noqa: F401 - or who is stopped while importing it stops all others
 
 import cleanup
 import darwin_cache
@@ -99,6 +100,7 @@ class Actor(threading.Thread):
         self.over = False
         self.killed = False
         self.error = ""
+        self.next = ""
 
     def run(self) -> None:
         world = self.world
@@ -134,14 +136,15 @@ class World:
         self.pods: dict[str, str] = {}  # what Kubernetes knows: phase by name
         self.serving: dict[str, str] = {}  # what a live pod was told is there: model by pod
         self.steps = 0
+        self.last: Actor | None = None
         self.counts: Counter[str] = Counter()
         self.trace: list[str] = []
 
     # What the actors do
 
-    def start_pod(self, name: str) -> None:
+    def start_pod(self, name: str, models: Sequence[str]) -> None:
         self.serving.pop(name, None)
-        model = self.chance.choice(MODELS)
+        model = self.chance.choice(models)
         settings = download.Settings.from_env(
             Reader(
                 {
@@ -162,7 +165,7 @@ class World:
                     self.cache.touch(key)
                     self.cache.set_alias(darwin_cache.make_alias(name, model), key)
                 except (OSError, RoleError):
-                    # Taken for dead, it has lost its lock and what it staged. Kubernetes starts it again.
+                    # What it relied on was taken for the dead's. Kubernetes starts it again.
                     self.counts["failed downloads"] += 1
                 else:
                     break
@@ -171,6 +174,7 @@ class World:
 
         self.pods[name] = "Pending"
         self.add(Actor(self, name, act))
+        self.last = self.actors[-1]
 
     def start_cleanup(self, name: str) -> None:
         settings = cleanup.Settings.from_env(
@@ -179,7 +183,7 @@ class World:
                     "CACHE_PATH": str(self.root),
                     "POD_NAME": name,
                     "NAMESPACE": "default",
-                    "TTL_DAYS": self.chance.choice(["0", "0.01", "7"]),
+                    "TTL_DAYS": self.chance.choice(["0", "0", "0.01"]),
                     "GRACE_SECONDS": self.chance.choice(["0", "60"]),
                     "MAX_SIZE_GB": self.chance.choice(["0", "0.0000003"]),
                 }
@@ -218,7 +222,8 @@ class World:
         actor: Actor | None = getattr(self.local, "actor", None)
         if actor is None or event not in _SEEN:
             return
-        paths = [os.fsdecode(path) for path in args[:2] if isinstance(path, str | bytes | os.PathLike)]
+        names = args[: 1 if event == "open" else 2]  # then comes a mode
+        paths = [os.fsdecode(path) for path in names if isinstance(path, str | bytes | os.PathLike)]
         # What is not in the cache is an import; a path relative to an open directory is of a tree being deleted.
         if paths and any(not path.startswith("/") or path.startswith(str(self.root)) for path in paths):
             self.note(actor, f"{event} {' '.join(path.replace(str(self.root), '') for path in paths)}")
@@ -234,6 +239,7 @@ class World:
         actor.stop()
 
     def note(self, actor: Actor, what: str) -> None:
+        actor.next = what
         self.trace.append(f"{actor.name} {what}")
         del self.trace[:-200]
 
@@ -242,21 +248,37 @@ class World:
         self.steps += 1
         chance = self.chance.random()
         busy = {actor.name for actor in self.actors}
-        if chance < 0.01:
-            self.change_pods(busy)
-        elif chance < 0.015:
+        # Where races are, more happens: while a cleanup looks, between an announcement and the removal, and most right
+        # before that or the veto.
+        announced = self.announced()
+        heat = 2 if busy.intersection(CLEANUPS) else 1
+        if announced:
+            critical = self.last and "/.trash" in self.last.next and self.last.next.startswith(("os.ren", "os.list"))
+            heat = 15 if critical else 5
+        if self.chance.random() < 0.01 * heat:
+            self.change_pods(busy, announced)
+        elif chance < 0.005:
             self.rot()
-        elif chance < 0.03:
+        elif chance < 0.02:
             self.pass_time(self.chance.choice([1, 40, 3600]))
-        elif chance < 0.04 and (free := [name for name in CLEANUPS if name not in busy]):
+        elif chance < 0.035 and (free := [name for name in CLEANUPS if name not in busy]):
             self.start_cleanup(self.chance.choice(free))
-        elif chance < 0.045 and self.actors:
+        elif chance < 0.04 and self.actors:
             self.kill(self.chance.choice(self.actors))
         elif self.actors:
-            self.go_on(self.chance.choice(self.actors))
+            # Mostly who went on last: else all are half-way all the time, and none has ever gone far while another
+            # stood still.
+            if self.last not in self.actors or self.last.asleep or self.chance.random() < 0.03 * heat:
+                self.last = self.chance.choice(self.actors)
+            self.go_on(self.last)
         else:
-            self.start_pod(self.chance.choice(PODS))
+            self.start_pod(self.chance.choice(PODS), MODELS)
         self.check()
+
+    def announced(self) -> list[str]:
+        """The models that are about to be removed."""
+        plans = "".join(name for name in os.listdir(self.root / ".trash") if name.endswith(".planned"))
+        return [model for model, key in KEYS.items() if key in plans]
 
     def go_on(self, actor: Actor) -> None:
         if actor.asleep:
@@ -278,16 +300,17 @@ class World:
         self.graves.append(actor)
         if actor.name in PODS:
             if self.chance.random() < 0.5:
-                self.start_pod(actor.name)
+                self.start_pod(actor.name, MODELS)
             else:
                 del self.pods[actor.name]
 
-    def change_pods(self, busy: set[str]) -> None:
+    def change_pods(self, busy: set[str], wanted: Sequence[str]) -> None:
+        """Pods that start want one of the models that are `wanted`, if any are."""
         name = self.chance.choice(PODS)
         if name in busy:
             return
         if name not in self.serving or self.chance.random() < 0.5:
-            self.start_pod(name)
+            self.start_pod(name, wanted or MODELS)
             return
         del self.serving[name]
         if self.chance.random() < 0.5:
@@ -351,19 +374,8 @@ class Inline:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
     def map(self, function: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
         return [function(item) for item in items]
-
-    def shutdown(self, **_: object) -> None:
-        pass
 
 
 def _reads_clock(world: World, owner: Any, name: str, *, generates: bool = False) -> None:
@@ -397,7 +409,8 @@ def _arrange(world: World, *, locks: bool) -> None:
         return float(max(node.lstat().st_mtime for node in nodes))
 
     replaced: list[tuple[Any, str, Any]] = [
-        (darwin_transfer, "ThreadPoolExecutor", Inline),
+        (darwin_transfer, "within", lambda _seconds, action, _what: action()),
+        (darwin_transfer, "start_threads", lambda _count, work: work() or []),
         (darwin_disk, "ThreadPoolExecutor", Inline),
         # Files can be made older in what they say of their content, not of themselves.
         (darwin_cache, "_touched", touched),
@@ -423,12 +436,36 @@ def _arrange(world: World, *, locks: bool) -> None:
     sys.addaudithook(world.hook)
 
 
+def _list_no_more(_decisions: Any, _cache: Any, _settings: Any, _look: Any) -> Any:
+    return _execute(_decisions, _cache, _settings, lambda: cleanup.InUse())  # type: ignore[arg-type]
+
+
+def _drop_all(cache: Cache, lease: darwin_cache.Lease) -> None:
+    stem = lease.name.rpartition(".")[0].rpartition(".")[0]
+    for path in (cache.root / ".leases").glob(f"{stem}.*"):
+        path.unlink(missing_ok=True)
+
+
+_execute = cleanup.execute
+
+# What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model.
+WITHOUT: dict[str, tuple[Any, str, Any]] = {
+    "veto": (Cache, "keep", lambda cache, key, found: cache.which(key) == found),
+    "listing-after-announcing": (cleanup, "execute", _list_no_more),
+    "lease-names": (Cache, "drop_lease", _drop_all),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--no-locks", action="store_true")
+    parser.add_argument("--without", choices=WITHOUT, help="leave that out of the code, and see it fail")
     asked = parser.parse_args(argv)
+    if asked.without:
+        owner, name, value = WITHOUT[asked.without]
+        setattr(owner, name, value)
     logging.disable(logging.CRITICAL)
     fast = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(dir=fast if fast.is_dir() else None)) / "cache"

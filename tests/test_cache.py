@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import darwin_cache
 import darwin_disk
 from darwin_cache import Cache, Holder, Lock, NotACache
+from darwin_log import RoleError
 from darwin_manifest import File, Manifest
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -49,7 +51,7 @@ def test_the_first_publisher_wins(cache: Cache) -> None:
 def test_what_the_manifest_denies_is_not_published(cache: Cache) -> None:
     staging = cache.stage(KEY)
     (staging / "model" / "MLmodel").write_bytes(b"half")
-    with pytest.raises(ValueError, match="4 bytes instead of 8"):
+    with pytest.raises(RoleError, match="4 bytes instead of 8"):
         cache.publish(staging, KEY, Manifest("models:/m/1", {}, [File("MLmodel", 8, "0" * 64)]))
     assert not cache.has(KEY)
 
@@ -133,7 +135,8 @@ def test_a_lease_moves_with_its_output(cache: Cache) -> None:
     cache.lease("pod", "/models", KEY)
     cache.lease("pod", "/other", KEY)
     cache.lease("pod", "/models", OTHER)
-    assert {(lease.output, lease.key) for lease in cache.leases()} == {("/models", OTHER), ("/other", KEY)}
+    assert {(lease.pod, lease.key) for lease in cache.leases()} == {("pod", OTHER), ("pod", KEY)}
+    assert len(cache.leases()) == 2
     for lease in cache.leases():
         cache.drop_lease(lease)
     assert cache.leases() == []
@@ -147,41 +150,42 @@ def test_a_lease_written_anew_is_not_dropped(cache: Cache) -> None:
     assert [lease.key for lease in cache.leases()] == [KEY]
 
 
-def test_a_lease_of_the_first_version_moves_on(cache: Cache) -> None:
-    cache.lease("pod", "/models", KEY)
-    [path] = (cache.root / ".leases").iterdir()
-    stem, _, _ = path.name.removesuffix(".json").rpartition(".")
-    path.rename(path.with_name(f"{stem}.json"))
-    cache.lease("pod", "/models", OTHER)
-    assert [lease.key for lease in cache.leases()] == [OTHER]
-
-
 # Removing against using
 
 
-def test_a_lease_vetoes_what_is_announced(cache: Cache) -> None:
+def found(cache: Cache, key: str) -> tuple[int, int]:
+    there = cache.which(key)
+    assert there
+    return there
+
+
+def test_an_entry_that_is_kept_is_not_removed(cache: Cache) -> None:
     publish(cache, KEY)
     removal = cache.announce(KEY)
-    cache.lease("pod", "/models", KEY)
+    assert cache.keep(KEY, found(cache, KEY))
     assert not cache.carry_out(removal)
     assert cache.damage(KEY) == []
     cache.withdraw(removal)
     assert not list((cache.root / ".trash").iterdir())
 
 
-def test_a_lease_of_another_entry_vetoes_nothing(cache: Cache) -> None:
+def test_keeping_another_entry_vetoes_nothing(cache: Cache) -> None:
     publish(cache, KEY)
     removal = cache.announce(KEY)
-    cache.lease("pod", "/models", OTHER)
+    publish(cache, OTHER)
+    assert cache.keep(OTHER, found(cache, OTHER))
     assert cache.carry_out(removal)
 
 
-def test_a_lease_that_comes_too_late_finds_the_entry_gone(cache: Cache) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_who_comes_too_late_to_keep_an_entry_is_told(again: bool, cache: Cache) -> None:
     publish(cache, KEY)
+    there = found(cache, KEY)
     removal = cache.announce(KEY)
     assert cache.carry_out(removal)
-    cache.lease("pod", "/models", KEY)
-    assert not cache.has(KEY)
+    if again:
+        publish(cache, KEY)
+    assert not cache.keep(KEY, there)
     assert (removal.trash / "manifest.json").exists()
     cache.withdraw(removal)
     assert [path.name for path in (cache.root / ".trash").iterdir()] == [removal.trash.name]
@@ -292,18 +296,76 @@ def test_staging_with_a_planted_link_is_not_inherited(cache: Cache, tmp_path: Pa
 # What it holds
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"pod": "p", "output": "/m", "key": "../outside"}', '{"pod": "p"}'])
-def test_an_unreadable_lease_is_not_ignored(text: str, cache: Cache) -> None:
-    (cache.root / ".leases" / "pod.0.json").write_text(text)
-    with pytest.raises(ValueError, match=r"pod\.0\.json"):
+@pytest.mark.parametrize("name", ["pod.0.json", f"pod.-.{'0' * 16}.key.{'0' * 16}"])
+def test_an_unreadable_lease_is_not_ignored(name: str, cache: Cache) -> None:
+    (cache.root / ".leases" / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is not a lease"):
         cache.leases()
 
 
-def test_pods_with_the_same_start_have_leases_of_their_own(cache: Cache) -> None:
-    cache.lease("a/b", "/models", KEY)
+def test_leases_that_can_not_be_listed_are_not_none(cache: Cache) -> None:
+    (cache.root / ".leases").rmdir()
+    (cache.root / ".leases").touch()
+    with pytest.raises(NotADirectoryError):
+        cache.leases()
+
+
+def test_what_can_not_be_listed_in_a_tree_is_not_overlooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    real = os.scandir
+
+    def stale(path: Path) -> object:
+        if Path(path).name == "deeper":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OSError, match="Stale"):
+        list(darwin_disk.below(tmp_path))
+
+
+UID = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def test_pods_with_the_same_name_or_start_have_leases_of_their_own(cache: Cache) -> None:
+    cache.lease("a.b", "/models", KEY)
     cache.lease("x" * 252 + "1", "/models", KEY)
     cache.lease("x" * 252 + "2", "/models", KEY)
-    assert {lease.pod for lease in cache.leases()} == {"a/b", "x" * 252 + "1", "x" * 252 + "2"}
+    cache.lease("a.b", "/models", KEY, UID)
+    found = [(lease.pod, lease.uid) for lease in cache.leases()]
+    assert sorted(found) == [("a.b", ""), ("a.b", UID), ("x" * 63, ""), ("x" * 63, "")]
+
+
+def test_nothing_is_written_through_a_planted_link(cache: Cache, tmp_path: Path) -> None:
+    publish(cache, KEY)
+    outside = tmp_path / "outside"
+    (cache.root / KEY / "last_used").unlink()
+    (cache.root / KEY / "last_used").symlink_to(outside)
+    with pytest.raises(OSError, match="last_used"):
+        cache.touch(KEY)
+    outside.write_text(f"{darwin_cache.TAG_SIGNATURE}\n")
+    os.utime(outside, (0, 0))
+    (cache.root / darwin_cache.TAG_NAME).unlink()
+    (cache.root / darwin_cache.TAG_NAME).symlink_to(outside)
+    with pytest.raises(NotACache):
+        Cache.find(cache.root)
+    assert outside.stat().st_mtime == 0
+
+
+def test_what_only_looks_like_ours_is_left_alone(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    for name in (".backup.tmp", "notes.tmp"):
+        (cache.root / name).touch()
+    assert list(cache.leftovers()) == []
+    assert cache.entries(cache.now())[1] == [".backup.tmp", "notes.tmp"]
+
+
+@pytest.mark.parametrize("text", ['{"format": 1, "files": [{"path": "a", "size": 1e999, "sha256": ""}]}', "[" * 10**5])
+def test_a_manifest_that_overflows_is_no_manifest(text: str, cache: Cache) -> None:
+    publish(cache, KEY)
+    (cache.root / KEY / "manifest.json").write_text(text)
+    assert cache.entries(cache.now()) == ([], [KEY])
+    assert cache.damage(KEY) != []
 
 
 def test_refs(cache: Cache) -> None:
@@ -375,7 +437,11 @@ def test_a_planted_link_is_neither_entry_nor_alias(cache: Cache, tmp_path: Path)
     (cache.root / KEY).symlink_to(outside)
     assert cache.aliases() == {}
     assert cache.entries(cache.now()) == ([], [])
-    with pytest.raises(NotACache, match="remove it by hand"):
+    with pytest.raises(NotACache, match="symbolic link where an entry belongs; remove it by hand"):
+        publish(cache, KEY)
+    (cache.root / KEY).unlink()
+    (cache.root / KEY).touch()
+    with pytest.raises(NotACache, match="file where an entry belongs; remove it by hand"):
         publish(cache, KEY)
     assert list(outside.iterdir()) == []
 
@@ -470,7 +536,7 @@ def test_everything_of_the_dead_is_left_over_at_last(cache: Cache, monkeypatch: 
     cache.stage(OTHER)
     cache.announce(OTHER)
     for directory in (cache.root, cache.root / ".leases", cache.root / ".trash"):
-        (directory / f".x.0{darwin_disk.TEMPORARY}").touch()
+        darwin_disk.temporary(directory / "x").touch()
     doomed = cache.root / ".trash" / "0.doomed"
     (doomed / "model").mkdir(parents=True)
     assert list(cache.leftovers()) == [doomed], "which nobody may want back"

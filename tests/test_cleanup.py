@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -98,31 +99,52 @@ def used_by(
 
 @pytest.mark.parametrize("phase", ["Pending", "Running", "Unknown"])
 def test_a_lease_counts_while_its_pod_lives(phase: str) -> None:
-    lease = Lease("web", "/models", A, 0)
+    lease = Lease("web", "", A, 0)
     assert used_by(pod("web", phase=phase), leases=(lease,)).keys == {A: {"web"}}
 
 
 def test_a_terminating_pod_lives() -> None:
-    lease = Lease("web", "/models", A, 0)
+    lease = Lease("web", "", A, 0)
     dying = pod("web", deleted="2026-01-01T00:00:00Z")
     assert used_by(dying, leases=(lease,)).keys == {A: {"web"}}
 
 
 @pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
 def test_a_pod_that_ended_uses_nothing(phase: str) -> None:
-    lease = Lease("web", "/models", A, 0)
+    lease = Lease("web", "", A, 0)
     assert used_by(pod("web", phase=phase, **CACHE), leases=(lease,)) == InUse()
 
 
 def test_a_lease_newer_than_the_listing_counts() -> None:
-    assert used_by(leases=(Lease("new", "/models", A, 101),)).keys == {A: {"new"}}
-    assert used_by(leases=(Lease("old", "/models", A, 99),)).keys == {}
+    assert used_by(leases=(Lease("new", "", A, 101),)).keys == {A: {"new"}}
+    assert used_by(leases=(Lease("old", "", A, 99),)).keys == {}
 
 
 def test_a_long_pod_name_is_cut_in_its_host_name() -> None:
     name = "a-deployment-with-a-name-of-very-considerable-length-5d6f7c8b9a-x2x4z"
-    lease = Lease(name[:63], "/models", A, 0)
+    lease = Lease(name[:63], "", A, 0)
     assert used_by(pod(name, **CACHE), leases=(lease,)) == InUse({A: {name}})
+
+
+UID = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def test_a_lease_with_a_uid_is_of_that_pod_alone() -> None:
+    """Pods may share a host name, and one that comes again has its name again."""
+    web, other = pod("web", **CACHE), pod("web-2", **CACHE)
+    web["metadata"]["uid"], web["spec"]["hostname"], other["spec"]["hostname"] = UID, "model", "model"
+    leases = (Lease("model", UID, A, 0), Lease("web", UID.replace("0", "f"), B, 0))
+    assert used_by(web, other, leases=leases) == InUse({A: {"web"}}, {"web-2"})
+    assert cleanup.dead_leases([web, other], leases, 100) == [leases[1]]
+
+
+def test_a_pod_may_be_called_as_its_host() -> None:
+    named, on_host = pod("web", **CACHE), pod("proxy", **CACHE)
+    named["spec"]["hostname"] = "model"
+    on_host["spec"] |= {"hostNetwork": True, "nodeName": "node-1"}
+    leases = (Lease("model", "", A, 0), Lease("node-1", "", B, 0))
+    assert used_by(named, on_host, leases=leases) == InUse({A: {"web"}, B: {"proxy"}})
+    assert cleanup.dead_leases([named, on_host], leases, 100) == []
 
 
 @pytest.mark.parametrize(
@@ -190,9 +212,7 @@ def test_a_subdirectory_of_a_mount_is_mounted_too() -> None:
 
 
 def test_dead_leases() -> None:
-    leases = [
-        Lease(name, "/models", A, written) for name, written in [("gone", 0), ("ended", 0), ("web", 0), ("new", 200)]
-    ]
+    leases = [Lease(name, "", A, written) for name, written in [("gone", 0), ("ended", 0), ("web", 0), ("new", 200)]]
     pods = [pod("web"), pod("ended", phase="Succeeded")]
     assert [lease.pod for lease in cleanup.dead_leases(pods, leases, 100)] == ["gone", "ended"]
 
@@ -352,6 +372,9 @@ def test_a_pod_that_comes_after_the_last_look_keeps_its_entry(cache: Cache, api:
     def late(handler: Any) -> None:
         # Old enough to be of before the listing, as it looks to the cleanup; and its pod isn't listed.
         cache.lease("late", "/models", B)
+        there = cache.which(B)
+        assert there
+        assert cache.keep(B, there)
         [written] = writes()
         os.utime(cache.root / ".leases" / written.name, (0, 0))
         apiserver.ok(handler)
@@ -496,6 +519,7 @@ def test_the_result_is_a_line_of_json(cache: Cache, api: ApiServer) -> None:
         "freed": 1000,
         "spared": 0,
         "restored": 0,
+        "failed": 0,
     }
     api.faults = [apiserver.forbidden()]
     assert json.loads(clean(cache.root, api).out)["success"] == 0
@@ -519,11 +543,13 @@ def test_the_result_as_metrics_in_a_file(cache: Cache, api: ApiServer, tmp_path:
 
 def test_the_result_at_a_pushgateway(cache: Cache, api: ApiServer) -> None:
     pushed: list[tuple[str, str, str]] = []
+    credentials: list[str | None] = []
 
     class Gateway(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
             pushed.append((self.path, self.headers["Content-Type"], body))
+            credentials.append(self.headers["Authorization"])
             self.send_response(200)
             self.end_headers()
 
@@ -532,7 +558,11 @@ def test_the_result_at_a_pushgateway(cache: Cache, api: ApiServer) -> None:
 
     with http_server(Gateway) as address:
         assert clean(cache.root, api, PUSHGATEWAY_URL=address).code == 0
-    [(path, kind, body)] = pushed
+        host = address.removeprefix("http://")
+        assert clean(cache.root, api, PUSHGATEWAY_URL=host).code == 0
+        assert clean(cache.root, api, PUSHGATEWAY_URL=f"http://user:hunter%2022@{host}").code == 0
+    assert credentials == [None, None, f"Basic {base64.b64encode(b'user:hunter 22').decode()}"]
+    path, kind, body = pushed[0]
     assert path == "/metrics/job/darwin_model_cache_cleanup"
     assert kind.startswith("text/plain; version=0.0.4")
     assert "darwin_model_cache_entries 0.0\n" in body
@@ -541,3 +571,7 @@ def test_the_result_at_a_pushgateway(cache: Cache, api: ApiServer) -> None:
     assert done.code == 0, "the cache is clean all the same"
     assert f"cannot push to PUSHGATEWAY_URL={address}" in done.err
     assert "cannot write METRICS_TEXTFILE=/absent/cleanup.prom" in done.err
+    done = clean(cache.root, api, PUSHGATEWAY_URL="http://user:hunter22@[gateway")
+    assert done.code == 0
+    assert "cannot push to PUSHGATEWAY_URL=" in done.err
+    assert "hunter22" not in done.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import darwin_cache
 import darwin_disk
 from darwin_cache import Cache
 from darwin_manifest import File, Manifest
+from tests import test_transfer
 from tests.apiserver import ApiServer
 from tests.conftest import ROOT, Finished, absent, clean_environ, program, run_role
 from tests.test_cleanup import clean
@@ -114,6 +116,13 @@ def fill(volume: Path) -> None:
                     pass
 
 
+def test_a_part_for_which_there_is_no_room_twice_is_begun_anew(tmp_path: Path) -> None:
+    for volume in tmpfs(tmp_path, "size=1200k"):
+        with test_transfer.left_by_another_run(volume, size=768 << 10) as (served, _):
+            test_transfer.brought(served, volume, shared=True)
+        assert served.offsets == [0, 0]
+
+
 @pytest.mark.parametrize("strategy", ["pvc", "emptydir"])
 def test_a_volume_that_fills_up(strategy: str, few_files: Path, model: Path, tmp_path: Path) -> None:
     models = few_files / "models" if strategy == "emptydir" else tmp_path / "models"
@@ -144,6 +153,39 @@ def test_a_full_volume_can_be_cleaned(small: Path, api: ApiServer) -> None:
     assert done.code == 0, done.err
     assert not cache.has(KEY)
     assert shutil.disk_usage(small).free > 1_500_000
+
+
+@pytest.mark.parametrize("pod", ["first", "second"])
+def test_a_pod_starts_from_a_full_cache(pod: str, small: Path, model: Path, tmp_path: Path) -> None:
+    settings = {"DEPLOYMENT_NAME": "web"}
+    assert download(model, small / "cache", tmp_path / "models", POD_NAME="first", **settings).code == 0
+    fill(small)
+    done = download(model, small / "cache", tmp_path / "models-2", POD_NAME=pod, **settings)
+    assert done.code == 0, done.err
+    assert "0 bytes transferred" in done.err
+    assert pod in {lease.pod for lease in Cache(small / "cache").leases()}
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing(small: Path, model: Path, tmp_path: Path) -> None:
+    (model / "large").write_bytes(bytes(9_000_000))
+    done = download(model, tmp_path / "cache", small / "models", LINK_MODE="copy")
+    assert done.code == 1
+    assert "the volume is full" in done.last
+    assert os.listdir(small / "models") == []
+
+
+def test_what_can_not_be_removed_keeps_nothing_else_from_it(tmp_path: Path, api: ApiServer) -> None:
+    cache = Cache.prepare(tmp_path / "cache")
+    publish(cache, KEY, 1000)
+    doomed = cache.root / ".trash" / "0123456789abcdef.doomed"
+    doomed.mkdir()
+    with mounted(doomed / "busy", "-t", "tmpfs", "tmpfs"):
+        done = clean(cache.root, api, TTL_DAYS=1)
+    assert done.code == 1
+    assert "busy" in done.err
+    assert "1 things in " in done.last
+    assert json.loads(done.out)["removed"] == 1
+    assert not cache.has(KEY)
 
 
 def test_a_read_only_volume_is_told(small: Path, model: Path, api: ApiServer, tmp_path: Path) -> None:

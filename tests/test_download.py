@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 import darwin_cache
+import darwin_manifest
 import darwin_output
 from darwin_cache import Cache
 from darwin_manifest import Manifest
+from download import _Look
 from tests import proxy
 from tests.conftest import ROOT, Finished, Tracking, clean_environ, free_port, run_role, wait_until
 from tests.proxy import Proxy, proxying
@@ -456,11 +458,30 @@ def test_time_is_bounded(through_proxy: Proxy, versions: list[Logged], mlflow_se
         MLFLOW_TRACKING_URI=through_proxy.uri,
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
         MAX_RETRIES="900",
-        DOWNLOAD_TIMEOUT_SECONDS="1",
+        DOWNLOAD_TIMEOUT_SECONDS="8",
     )
     assert done.code == 1
-    assert "901 attempts at most for each file, 1 s in all" in done.err
-    assert "not done within DOWNLOAD_TIMEOUT_SECONDS=1" in done.last
+    assert "901 attempts at most for each file, 8 s in all" in done.err
+    assert "not done within DOWNLOAD_TIMEOUT_SECONDS=8" in done.last
+
+
+@pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
+def test_a_tracking_server_that_never_answers(
+    strategy: str, through_proxy: Proxy, mlflow_server: Tracking, versions: list[Logged], tmp_path: Path
+) -> None:
+    settings = {"STORAGE_STRATEGY": strategy, "MLFLOW_TRACKING_URI": through_proxy.uri}
+    uri = f"models:/{NAME}/1"
+    through_proxy.faults = [("", proxy.stalled)] * 1000
+    done = download(tmp_path, uri, mlflow_server, DOWNLOAD_TIMEOUT_SECONDS="2", **settings)
+    assert done.code == 1
+    assert f"cannot resolve {uri}, for which there are 2 s of DOWNLOAD_TIMEOUT_SECONDS: no answer in time" in done.last
+    through_proxy.faults = []
+    assert download(tmp_path, uri, mlflow_server, **settings).code == 0
+    through_proxy.faults = [("", proxy.stalled)] * 1000
+    done = download(tmp_path, uri, mlflow_server, DOWNLOAD_TIMEOUT_SECONDS="2", **settings)
+    assert done.code == 0, done.err
+    assert "no answer in time. FALLING BACK" in done.err
+    assert coefficient(tmp_path / "models") == 1
 
 
 @pytest.mark.parametrize(
@@ -499,6 +520,53 @@ def test_mlflow_down_falls_back_loudly(versions: list[Logged], mlflow_server: Tr
     # A refusal is an answer: no falling back on it.
     refused = download(tmp_path, uri, mlflow_server, MLFLOW_TRACKING_PASSWORD="wrong-password", **pvc)
     assert refused.code == 1
+
+
+@pytest.mark.parametrize("status", [500, 520])
+def test_a_pod_s_own_copy_is_a_fallback(
+    status: int, through_proxy: Proxy, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    """A node that starts again runs its pods' init containers again, on volumes that are still filled."""
+    uri, settings = f"models:/{NAME}/1", {"MLFLOW_TRACKING_URI": through_proxy.uri, "MAX_RETRIES": "0"}
+    settings["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    assert download(tmp_path, uri, mlflow_server, **settings).code == 0
+    through_proxy.faults = [("", proxy.status(status))] * 1000
+    done = download(tmp_path, uri, mlflow_server, **settings)
+    assert done.code == 0, done.err
+    assert "FALLING BACK" in done.err
+    assert "version=1" in done.err
+    assert download(tmp_path, f"models:/{NAME}/2", mlflow_server, **settings).code == 1
+    os.truncate(tmp_path / "models" / "model.skops", 1)
+    assert download(tmp_path, uri, mlflow_server, **settings).code == 1
+
+
+def test_a_damaged_entry_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who wait for the new one would keep each other from it."""
+    cache, key = Cache.prepare(tmp_path / "cache"), "a" * 64
+
+    def publish() -> None:
+        staging = cache.stage(key)
+        (darwin_cache.model_of(staging) / "MLmodel").write_text("flavors: {}")
+        file = darwin_manifest.File("MLmodel", 11, hashlib.sha256(b"flavors: {}").hexdigest())
+        cache.publish(staging, key, Manifest("models:/m/1", {}, [file]), "sha256")
+
+    read: list[Path] = []
+
+    def digest(path: Path) -> str:
+        read.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(darwin_manifest, "digest", digest)
+    look = _Look(cache, key, "sha256")
+    assert not look()
+    publish()
+    (cache.model(key) / "MLmodel").write_text("flavours: ")
+    os.truncate(cache.model(key) / "MLmodel", 11)
+    read.clear()
+    assert [look() for _ in range(5)] == [False] * 5
+    assert len(read) == 1
+    publish()
+    assert look()
 
 
 def test_a_damaged_entry_is_replaced(local_model: Path, tmp_path: Path) -> None:
@@ -589,8 +657,9 @@ def test_no_room(local_model: Path, tmp_path: Path) -> None:
         file.truncate(2**43)
     done = download(tmp_path, str(huge))
     assert done.code == 1
-    assert "needs 8.0 TiB in 2 files" in done.last
-    assert "nothing was downloaded" in done.last
+    assert "has 8.0 TiB in 2 files, of which 0 B are here, but only" in done.last
+    assert "the volume is full" in done.last
+    assert not (tmp_path / "models" / ".darwin-staging").exists()
 
 
 @pytest.mark.parametrize("strategy", ["emptydir", "pvc"])

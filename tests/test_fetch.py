@@ -66,6 +66,14 @@ def test_statuses(
     assert uri in str(caught.value)
 
 
+@pytest.mark.parametrize("status", [507, 520, 530])
+def test_a_gateway_s_own_statuses(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(status, *HTML) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+        with pytest.raises(Unreachable):
+            darwin_fetch.resolve("models:/m/1")
+
+
 @pytest.mark.parametrize(
     ("code", "word"),
     [

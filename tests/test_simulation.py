@@ -9,16 +9,14 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, clean_environ
+from tests.simulation import WITHOUT
+
+STEPS = 10_000
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no-locks"])
-@pytest.mark.parametrize("seed", range(4))
-def test_no_entry_that_a_pod_uses_is_ever_gone_or_partial(seed: int, locks: bool) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.simulation", "--seed", str(seed), "--steps", "5000"),
-            *(() if locks else ("--no-locks",)),
-        ],
+def simulate(seed: int, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.simulation", "--seed", str(seed), "--steps", str(STEPS), *options],
         env=clean_environ(),
         cwd=ROOT,
         capture_output=True,
@@ -26,9 +24,25 @@ def test_no_entry_that_a_pod_uses_is_ever_gone_or_partial(seed: int, locks: bool
         timeout=600,
         check=False,
     )
+
+
+@pytest.mark.parametrize("without", WITHOUT)
+def test_it_notices_what_is_missing(without: str) -> None:
+    for seed in range(50):
+        done = simulate(seed, "--without", without)
+        if done.returncode:
+            assert "is not whole" in done.stderr
+            return
+    raise AssertionError(f"nothing is lost without {without}")
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no-locks"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_entry_that_a_pod_uses_is_ever_gone_or_partial(seed: int, locks: bool) -> None:
+    done = simulate(seed, *(() if locks else ("--no-locks",)))
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert counts["steps"] >= 5000
+    assert counts["steps"] >= STEPS
     # Or it shows nothing.
     for what in ("downloads done", "cleanups done", "entries removed", "kills", "rotten"):
         assert counts[what] > 0, what

@@ -28,8 +28,11 @@ from tests.conftest import http_server, wait_until
 BODY = bytes(range(256)) * 4096
 
 
-def transfer(source: Source, directory: Path, *, retries: int = 0, seconds: float = 60) -> Transfer:
-    return Transfer(source, directory / "model", directory / "parts", Retry(retries, 0.001), Deadline(seconds))
+def transfer(
+    source: Source, directory: Path, *, retries: int = 0, seconds: float = 60, shared: bool = False
+) -> Transfer:
+    retry, deadline = Retry(retries, 0.001), Deadline(seconds)
+    return Transfer(source, directory / "model", directory / "parts", retry, deadline, shared=shared)
 
 
 # From a store that only downloads
@@ -154,8 +157,36 @@ def test_a_full_disk_is_not_the_store_s_fault(tmp_path: Path) -> None:
 
 def test_time_is_bounded(tmp_path: Path) -> None:
     source = source_of({"MLmodel": 1}, lambda *_: None)
-    with pytest.raises(RoleError, match="DOWNLOAD_TIMEOUT_SECONDS=-1"):
+    with pytest.raises(RoleError, match="cannot list models:/m/2 before DOWNLOAD_TIMEOUT_SECONDS are over"):
         transfer(source, tmp_path, seconds=-1).run()
+
+
+def test_a_store_s_own_library_can_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(darwin_transfer, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(darwin_transfer, "END_SECONDS", 0.01)
+    ended = threading.Event()
+    source = source_of({"MLmodel": 1}, lambda *_: ended.wait())
+    with pytest.raises(RoleError, match=r"models:/m/2: not done within DOWNLOAD_TIMEOUT_SECONDS=0\.5"):
+        transfer(source, tmp_path, seconds=0.5).run()
+    ended.set()
+
+
+def test_what_a_store_s_own_library_left_is_no_part(tmp_path: Path) -> None:
+    """It writes pieces in any order: the file has its full size, and holes, from the start."""
+    (tmp_path / "parts").mkdir()
+    name = hashlib.sha256(b"MLmodel").hexdigest()[:32]
+    for left in (f"{name}..0", f"{name}..0.ebC4BdcB", f"{name}..ebC4BdcB", f"{name}.0123456789abcdef"):
+        (tmp_path / "parts" / left).write_bytes(bytes(7))
+    (tmp_path / "parts" / f"{name}.0123456789abcdef.7").symlink_to(tmp_path / "parts" / f"{name}..0")
+    source = source_of({"MLmodel": 7}, lambda _, local: Path(local).write_bytes(b"brought"))
+    transfer(source, tmp_path).run()
+    assert (tmp_path / "model" / "MLmodel").read_bytes() == b"brought"
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+def test_what_this_runtime_keeps_beside_a_model_is_no_part_of_it(tmp_path: Path) -> None:
+    source = source_of({"MLmodel": 1, ".darwin-output.json": 1}, lambda _, local: Path(local).write_bytes(b"x"))
+    assert [file.path for file in transfer(source, tmp_path).run()] == ["MLmodel"]
 
 
 def test_what_is_there_is_not_brought_again(tmp_path: Path) -> None:
@@ -283,10 +314,10 @@ def serving(*answers: Answer, **given: str) -> Iterator[Served]:
         yield served
 
 
-def brought(served: Served, directory: Path, retries: int = 3) -> None:
+def brought(served: Served, directory: Path, *, retries: int = 3, shared: bool = False) -> None:
     """Transfer it, and compare every byte."""
     source = Source("models:/m/2", {}, [("MLmodel", len(BODY))], served)
-    [file] = transfer(source, directory, retries=retries).run()
+    [file] = transfer(source, directory, retries=retries, shared=shared).run()
     assert (directory / "model" / "MLmodel").read_bytes() == BODY
     assert (file.size, file.sha256) == (len(BODY), hashlib.sha256(BODY).hexdigest())
     assert list((directory / "parts").iterdir()) == []
@@ -329,18 +360,63 @@ def test_another_run_goes_on_and_never_writes_to_the_same_file(tmp_path: Path) -
             brought(served, tmp_path, retries=0)
         [part] = (tmp_path / "parts").iterdir()
         with part.open("ab") as zombie:  # of a pod that is not dead after all
-            brought(served, tmp_path)
+            brought(served, tmp_path, shared=True)
             zombie.write(b"late")
     assert served.offsets == [0, HALF]
     assert (tmp_path / "model" / "MLmodel").read_bytes() == BODY
 
 
-def test_a_part_that_is_all_there_is_not_asked_for(tmp_path: Path) -> None:
-    with serving(cut(HALF)) as served:
+@contextmanager
+def left_by_another_run(directory: Path, *answers: Answer, size: int = HALF) -> Iterator[tuple[Served, Path]]:
+    """A server that gives the start of the file and then `answers`, and that start, on disk."""
+    with serving(cut(size), *answers) as served:
         with pytest.raises(Unreachable):
-            brought(served, tmp_path, retries=0)
-        [part] = (tmp_path / "parts").iterdir()
-        part.write_bytes(BODY)
+            brought(served, directory, retries=0)
+        [part] = (directory / "parts").iterdir()
+        assert part.name.endswith(f".{size}")
+        yield served, part
+        assert served.answers == []
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_another_run_goes_on(shared: bool, tmp_path: Path) -> None:
+    with left_by_another_run(tmp_path) as (served, _):
+        brought(served, tmp_path, shared=shared)
+    assert served.offsets == [0, HALF]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_was_never_put_on_disk_for_good_is_not_counted_on(shared: bool, tmp_path: Path) -> None:
+    """The machine that wrote it may have crashed, and another one finds holes."""
+    with left_by_another_run(tmp_path) as (served, part):
+        with part.open("ab") as file:
+            file.write(bytes(HALF))
+        brought(served, tmp_path, shared=shared)
+    assert served.offsets == [0, HALF]
+
+
+@pytest.mark.parametrize(("answers", "offsets"), [([], [0, len(BODY) - 1]), ([changed] * 2, [0, len(BODY) - 1, 0])])
+def test_the_store_is_asked_whether_a_part_that_is_all_there_is_the_same_file(
+    answers: list[Answer], offsets: list[int], tmp_path: Path
+) -> None:
+    with left_by_another_run(tmp_path, *answers) as (served, part):
+        part.write_bytes(BODY if not answers else bytes(len(BODY)))
+        part.rename(part.with_suffix(f".{len(BODY)}"))
+        brought(served, tmp_path)
+    assert served.offsets == offsets
+
+
+def test_what_has_arrived_is_put_on_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(darwin_transfer, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(darwin_transfer, "LOOK_SECONDS", 0.01)
+    parts = tmp_path / "parts"
+
+    def in_two(handler: _Handler, offset: int) -> None:
+        handler.send(200, BODY[:HALF])
+        wait_until(lambda: any(path.name.endswith(f".{HALF}") for path in parts.iterdir()), "a part on disk")
+        handler.wfile.write(BODY[HALF:])
+
+    with serving(in_two) as served:
         brought(served, tmp_path)
     assert served.offsets == [0]
 
@@ -370,6 +446,32 @@ def test_a_flipped_bit_in_the_rest_is_noticed_too(checksum: dict[str, str], tmp_
         served.headers = checksum
         brought(served, tmp_path)
     assert served.offsets == [0, HALF, 0]
+
+
+def test_a_flipped_bit_is_noticed_though_the_connection_breaks_after_it(tmp_path: Path) -> None:
+    def never_ended(handler: _Handler, offset: int) -> None:
+        body = bytes([BODY[0] ^ 1]) + BODY[1:]
+        handler.protocol_version = "HTTP/1.1"
+        handler.send(200, b"%x\r\n%b\r\n" % (len(body), body), framed=False, Transfer_Encoding="chunked")
+
+    with serving(never_ended) as served:
+        served.headers = CHECKSUMS[0]
+        brought(served, tmp_path)
+    assert served.offsets[-1] == 0
+
+
+@pytest.mark.parametrize("checksum", CHECKSUMS)
+def test_a_rest_is_not_taken_without_the_checksum_that_was_told_of_the_whole(
+    checksum: dict[str, str], tmp_path: Path
+) -> None:
+    def half(handler: _Handler, offset: int) -> None:
+        served.headers = checksum
+        handler.send(200, bytes([BODY[0] ^ 1]) + BODY[1:HALF])
+        served.headers = {}
+
+    with serving(half) as served:
+        brought(served, tmp_path)
+    assert served.offsets[-1] == 0
 
 
 def test_always_flipped_is_never_taken(tmp_path: Path) -> None:
