@@ -46,14 +46,16 @@ REGISTERED_MODEL_META = "registered_model_meta"
 
 # So many files at a time, as CPUs allow: hashing is work, and a store far away is waited for. Each holds one chunk in
 # memory.
-FILES_PER_CPU = 2
-LEAST_FILES, MOST_FILES = 4, 16
-CHUNK_BYTES = 1 << 20
+FILES_PER_CPU = 1
+LEAST_FILES, MOST_FILES = 3, 16
+CHUNK_BYTES = 256 << 10
 
 WRITE_BYTES = 16 << 20
 
-# How often what has arrived is put on disk for good, which costs: a transfer that is killed loses no more than this.
-COMMIT_SECONDS = 5.0
+# How often what has arrived is put on disk for good, in whole files and, as it costs more, in parts: a transfer that is
+# killed loses no more than this.
+COMMIT_SECONDS = 1.0
+SYNC_SECONDS = 5.0
 LOOK_SECONDS = 1.0
 
 # So long, after a failure, the other files have to come to an end.
@@ -210,15 +212,14 @@ class Transfer:
     def _check_space(self, files: list[RemoteFile], here: int) -> None:
         free = shutil.disk_usage(self.model).free
         if self.total - here > free:
-            need = f"{human(self.total)} in {len(files)} files, of which {human(here)} are here"
-            raise OSError(
-                errno.ENOSPC, f"{self.source.uri} has {need}, but only {human(free)} are free", str(self.model)
-            )
+            sizes = f"{human(self.total)} in {len(files)} files, of which {human(here)} are here"
+            why = f"{self.source.uri} has {sizes}, but only {human(free)} are free"
+            raise OSError(errno.ENOSPC, why, str(self.model))
 
     def _all(self, files: list[RemoteFile]) -> list[File]:
         found: dict[str, File] = {}
         arrived: dict[str, Path] = {}
-        committed = time.monotonic()
+        committed = synced = time.monotonic()
         ended: SimpleQueue[Future[tuple[File, Path | None]]] = SimpleQueue()
         # The largest first, or the last one to begin would keep all waiting.
         todo = sorted(files, key=lambda file: file.size or 0)
@@ -233,10 +234,12 @@ class Transfer:
                         arrived[file.path] = part
                 self.deadline.check(f"download of {self.source.uri}")
                 if time.monotonic() - committed > COMMIT_SECONDS:
-                    for one in self._arriving.copy():
-                        one.sync()
                     self._commit(arrived)
                     committed = time.monotonic()
+                if time.monotonic() - synced > SYNC_SECONDS:
+                    for one in self._arriving.copy():
+                        one.sync()
+                    synced = time.monotonic()
         except BaseException:
             self._stop.set()
             # Inside a store's own library, there is no stopping them.

@@ -113,7 +113,7 @@ def quick_heartbeat() -> None:
     import darwin_transfer
     import download
 
-    darwin_transfer.COMMIT_SECONDS, darwin_transfer.LOOK_SECONDS = 0.2, 0.05
+    darwin_transfer.COMMIT_SECONDS, darwin_transfer.SYNC_SECONDS, darwin_transfer.LOOK_SECONDS = 0.2, 0.2, 0.05
     darwin_cache.HEARTBEAT_SECONDS, darwin_cache.SILENCE_SECONDS, download.POLL_SECONDS = 0.2, 1.0, 0.05
 
 

@@ -407,7 +407,7 @@ def test_the_store_is_asked_whether_a_part_that_is_all_there_is_the_same_file(
 
 
 def test_what_has_arrived_is_put_on_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(darwin_transfer, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(darwin_transfer, "SYNC_SECONDS", 0.0)
     monkeypatch.setattr(darwin_transfer, "LOOK_SECONDS", 0.01)
     parts = tmp_path / "parts"
 
