@@ -4,9 +4,9 @@ Settings (environment variables): CACHE_PATH, NAMESPACE, TTL_DAYS, MAX_SIZE_GB, 
 GRACE_SECONDS, METRICS_TEXTFILE, PUSHGATEWAY_URL, POD_NAME, LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME.
 
 How: list the pods and the leases, plan, announce what may go, wait out the grace period, list pods and leases again,
-move what is still free into the trash (one rename each), list once more, then restore or delete. A pod writes its lease
-before it looks at announcements and then for an entry, so one of the listings sees the lease, or the pod vetoes the
-move, or it finds the entry gone and downloads it anew; `darwin_cache` has the details.
+move what is still free into the trash (one rename each), list once more, then restore or delete. A pod writes its
+lease, looks for its entry, vetoes announcements and looks again, so one of the listings sees the lease, or the pod
+vetoes the move, or it finds the entry gone and downloads it anew; `darwin_cache` has the details.
 
 The result is one line of JSON on stdout.
 

@@ -308,11 +308,7 @@ class Cache:
 
     def touch(self, key: str) -> None:
         """Note that the entry was needed just now."""
-        descriptor = os.open(self.root / key / _LAST_USED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            os.utime(descriptor)
-        finally:
-            os.close(descriptor)
+        _stamp(self.root / key / _LAST_USED, os.O_NOFOLLOW)
 
     def entries(self, now: float) -> tuple[list[Entry], list[str]]:
         """All entries, idle as of `now`, and the names in the cache that are none of ours, which are left alone."""
@@ -523,11 +519,7 @@ class Cache:
         before = [path for path in self._inside(_LEASES) if path.name.startswith(stem)]
         # A new name each time: who drops a lease of the dead can't hit one of the living.
         path = self.root / _LEASES / f"{stem}{key}.{secrets.token_hex(8)}"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            os.utime(descriptor)  # with the file server's clock, whatever creating it did
-        finally:
-            os.close(descriptor)
+        _stamp(path, os.O_EXCL)
         darwin_disk.sync(path.parent)
         for old in before:
             old.unlink(missing_ok=True)
@@ -633,6 +625,15 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):
                 if _touched(path) < before:
                     yield path
+
+
+def _stamp(path: Path, flag: int) -> None:
+    """Create an empty file, opened with `flag`, or keep the one there; its mtime is now, by the file server's clock."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o644)
+    try:
+        os.utime(descriptor)  # whatever creating it did
+    finally:
+        os.close(descriptor)
 
 
 def _manifest(entry: Path) -> Manifest:

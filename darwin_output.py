@@ -57,12 +57,12 @@ def holds(output: Path, key: str, verify: str = "size") -> bool:
     return record is not None and record.key == key and _is_whole(output, record, verify)
 
 
-def held(output: Path, model_uri: str, verify: str = "size") -> Manifest | None:
-    """The manifest of the model at the output, if that came from `model_uri` and is a whole copy; see `holds`."""
+def held(output: Path, model_uri: str, verify: str = "size") -> Record | None:
+    """The record of the model at the output, if that came from `model_uri` and is a whole copy; see `holds`."""
     record = read(output)
     if record is None or record.manifest.model_uri != model_uri or not _is_whole(output, record, verify):
         return None
-    return record.manifest
+    return record
 
 
 def _is_whole(output: Path, record: Record, verify: str) -> bool:

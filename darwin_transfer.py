@@ -200,7 +200,7 @@ class Transfer:
         """How many bytes an earlier run brought. What is in its way, or isn't the model's, is removed."""
         wanted = {file.path: file.size for file in files}
         size = self.arrived()
-        for path in [path for path in self.model.rglob("*") if path.is_symlink() or not path.is_dir()]:
+        for path in [path for path in darwin_disk.below(self.model) if path.is_symlink() or not path.is_dir()]:
             name = path.relative_to(self.model).as_posix()
             there = path.lstat().st_size
             if name not in wanted or path.is_symlink() or wanted[name] not in (None, there):
@@ -218,9 +218,9 @@ class Transfer:
 
     def _all(self, files: list[RemoteFile]) -> list[File]:
         found: dict[str, File] = {}
-        arrived: dict[str, Path] = {}
+        arrived: dict[str, _Part] = {}
         committed = synced = time.monotonic()
-        ended: SimpleQueue[Future[tuple[File, Path | None]]] = SimpleQueue()
+        ended: SimpleQueue[Future[tuple[File, _Part | None]]] = SimpleQueue()
         # The largest first, or the last one to begin would keep all waiting.
         todo = sorted(files, key=lambda file: file.size or 0)
         at_once = min(MOST_FILES, max(LEAST_FILES, FILES_PER_CPU * darwin_cpus.cpu_limit()), len(files))
@@ -251,33 +251,36 @@ class Transfer:
         self._commit(arrived)
         return [found[file.path] for file in files]
 
-    def _work(self, todo: list[RemoteFile], ended: SimpleQueue[Future[tuple[File, Path | None]]]) -> None:
+    def _work(self, todo: list[RemoteFile], ended: SimpleQueue[Future[tuple[File, _Part | None]]]) -> None:
         """Bring files, from the end of the list, as long as there are any."""
         while not self._stop.is_set():
             try:
                 file = todo.pop()
             except IndexError:
                 return
-            done: Future[tuple[File, Path | None]] = Future()
+            done: Future[tuple[File, _Part | None]] = Future()
             _settle(done, partial(self._one, file))
             ended.put(done)
             if done.exception():
                 self._stop.set()
 
-    def _commit(self, arrived: dict[str, Path]) -> None:
+    def _commit(self, arrived: dict[str, _Part]) -> None:
         """Have whole parts on disk, and give them their names. Together: each by itself costs many times as much."""
-        darwin_disk.sync_files(list(arrived.values()))
-        for name, part in arrived.items():
+        paths = {name: part.path for name, part in arrived.items()}
+        for path in paths.values():
+            path.chmod(0o644)  # a local store's own modes may keep other users' containers out
+        darwin_disk.sync_files(list(paths.values()))
+        for name, path in paths.items():
             local = self.model / name
             # Only in the model: what another pod has taken over is not begun anew.
             for parent in reversed(local.relative_to(self.model).parents[:-1]):
                 (self.model / parent).mkdir(exist_ok=True)
-            self._done[name] = part.stat().st_size
-            part.rename(local)
+            self._done[name] = arrived[name].size
+            path.rename(local)
         arrived.clear()
 
-    def _one(self, file: RemoteFile) -> tuple[File, Path | None]:
-        """A file, and where it is unless it is in its place already."""
+    def _one(self, file: RemoteFile) -> tuple[File, _Part | None]:
+        """A file, and its part unless it is in its place already."""
         local = self.model / file.path
         if local.is_file():
             size = self._done[file.path] = local.stat().st_size
@@ -294,9 +297,7 @@ class Transfer:
             raise
         finally:
             self._arriving.discard(part)
-            part.end()
-        part.path.chmod(0o644)  # a local store's own modes may keep other users' containers out
-        return File(file.path, part.size, part.sha256.hexdigest()), part.path
+        return File(file.path, part.size, part.sha256.hexdigest()), part
 
     def _bring(self, file: RemoteFile, part: _Part) -> None:
         """One attempt at a file."""
@@ -397,7 +398,6 @@ class _Part:
         self.name = hashlib.sha256(path.encode()).hexdigest()[:32]
         self.there = False
         self._naming = threading.Lock()
-        self._ended = False
         self.restart("")
 
     def restart(self, validator: str) -> None:
@@ -493,14 +493,9 @@ class _Part:
         with contextlib.suppress(FileNotFoundError):  # it is begun anew
             darwin_disk.sync(path)
             with self._naming:
-                if self.there and self.sha256 is begun and not self._ended:
+                if self.there and self.sha256 is begun:
                     self.synced = size
                     path.rename(self.path)
-
-    def end(self) -> None:
-        """From now on the part keeps its name."""
-        with self._naming:
-            self._ended = True
 
     def read(self) -> None:
         """Take the file as it is on disk."""

@@ -95,10 +95,11 @@ def to_output(settings: Settings, deadline: Deadline) -> None:
     except Unreachable as error:
         if held is None:
             raise
-        _fall_back(error, f"{settings.output} holds", held)
+        _fall_back(error, f"{settings.output} holds", held.manifest)
         return
     key = darwin_cache.make_key(source.identity, source.listing)
-    if darwin_output.holds(settings.output, key, settings.verify):
+    # What was just found whole is not read again.
+    if held.key == key if held else darwin_output.holds(settings.output, key, settings.verify):
         darwin_output.unstage(settings.output)
         logger.info("%s already holds %s, 0 bytes transferred", settings.output, _named(source))
         return
@@ -125,7 +126,7 @@ def through_cache(settings: Settings, deadline: Deadline) -> None:
     try:
         source = _resolve(settings, deadline, fallback=known is not None and cache.has(known[0]))
     except Unreachable as error:
-        key = _last_known(cache, settings, error)
+        key = _last_known(cache, settings, known, error)
     else:
         key = _cached(cache, settings, source, deadline)
     cache.touch(key)
@@ -146,7 +147,7 @@ def _resolve(settings: Settings, deadline: Deadline, *, fallback: bool) -> Sourc
 def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline) -> str:
     """Make sure that the cache has `source`, whole; return its key. Of several pods one downloads, the others wait."""
     key = darwin_cache.make_key(source.identity, source.listing)
-    # Before looking: from here on cleanup keeps the entry, or had already moved it out of sight.
+    # Before looking, and the look keeps what it finds: `darwin_cache` has why.
     cache.lease(settings.pod, str(settings.output), key, settings.uid)
     look = _Look(cache, key, settings.verify)
     waiting = _Waiting(key)
@@ -261,9 +262,8 @@ class _Waiting:
             )
 
 
-def _last_known(cache: Cache, settings: Settings, error: Unreachable) -> str:
+def _last_known(cache: Cache, settings: Settings, ref: tuple[str, float] | None, error: Unreachable) -> str:
     """The key that MODEL_URI last resolved to, if its entry is whole; raises `error` otherwise."""
-    ref = cache.ref(mask_uri(settings.tracking_uri), settings.model_uri)
     if ref is None:
         raise RoleError(f"{error}; and the cache {settings.cache} has never held this URI's model") from error
     key, age = ref

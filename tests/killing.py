@@ -175,9 +175,7 @@ def _hook(within: tuple[str, ...], at: int | None, noted: int) -> Any:
         nonlocal count
         if event not in _CHANGES or (event == "open" and not _writes(args)):
             return
-        paths = [os.fsdecode(path) for path in args[:2] if isinstance(path, str | bytes | os.PathLike)]
-        # A path relative to an open directory is within a tree that is being deleted.
-        if not any(not path.startswith("/") or path.startswith(within) for path in paths):
+        if not (paths := paths_within(event, args, within)):
             return
         os.write(noted, f"{event} {' '.join(paths)}\n".encode())
         if count == at:
@@ -186,6 +184,14 @@ def _hook(within: tuple[str, ...], at: int | None, noted: int) -> Any:
         count += 1
 
     return hook
+
+
+def paths_within(event: str, args: tuple[Any, ...], within: tuple[str, ...]) -> list[str]:
+    """The paths that an audit event is about, if one of them is in these directories; otherwise none."""
+    names = args[: 1 if event == "open" else 2]  # then comes a mode
+    paths = [os.fsdecode(path) for path in names if isinstance(path, str | bytes | os.PathLike)]
+    # A path relative to an open directory is within a tree that is being deleted.
+    return paths if any(not path.startswith("/") or path.startswith(within) for path in paths) else []
 
 
 def _writes(args: tuple[Any, ...]) -> bool:

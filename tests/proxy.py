@@ -9,9 +9,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import requests
+
+from tests.conftest import http_server
 
 Fault = Callable[["_Handler", requests.Response], None]
 
@@ -152,15 +154,6 @@ def _send(
 def proxying(upstream: str) -> Iterator[Proxy]:
     """A proxy in front of `upstream`, on a free port."""
     handler = type("Handler", (_Handler,), {"upstream": upstream})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    proxy = Proxy(f"http://127.0.0.1:{server.server_address[1]}")
-    handler.proxy = proxy  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with http_server(handler) as uri:
+        proxy = handler.proxy = Proxy(uri)  # type: ignore[attr-defined]
         yield proxy
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -40,6 +40,7 @@ from darwin_fetch import RemoteFile, Source
 from darwin_log import RoleError
 from darwin_transfer import Deadline
 from tests.apiserver import pod
+from tests.killing import paths_within
 
 MODELS = ("m1", "m2", "m3")
 PODS = ("a", "b", "c", "d")
@@ -222,10 +223,8 @@ class World:
         actor: Actor | None = getattr(self.local, "actor", None)
         if actor is None or event not in _SEEN:
             return
-        names = args[: 1 if event == "open" else 2]  # then comes a mode
-        paths = [os.fsdecode(path) for path in names if isinstance(path, str | bytes | os.PathLike)]
-        # What is not in the cache is an import; a path relative to an open directory is of a tree being deleted.
-        if paths and any(not path.startswith("/") or path.startswith(str(self.root)) for path in paths):
+        # What is not in the cache is an import.
+        if paths := paths_within(event, args, (str(self.root),)):
             self.note(actor, f"{event} {' '.join(path.replace(str(self.root), '') for path in paths)}")
             actor.stop()
 

@@ -20,6 +20,7 @@ from tests.apiserver import ApiServer, pod
 from tests.conftest import Tracking
 from tests.killing import KILLED, Ended, Roles, Run, roles
 from tests.registry import log_files
+from tests.test_download import keys, whole
 
 # One large file, some small ones, one further down.
 FILES = {"MLmodel": 300, "weights": 3_000_000, "conda.yaml": 100, "empty": 0, "deep/er/vocabulary": 5000}
@@ -57,19 +58,10 @@ def killed(run: Run, **when: float) -> Run:
     return Run(**{**vars(run), **when})
 
 
-def keys(cache: Path) -> list[str]:
-    return [path.name for path in cache.iterdir() if darwin_cache.is_key(path.name) and not path.is_symlink()]
-
-
 def assert_whole(model: Path, manifest: Manifest) -> None:
     """Exactly the files of the manifest, byte for byte."""
-    there = {
-        path.relative_to(model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in model.rglob("*")
-        if path.is_file()
-    }
-    assert there == {file.path: file.sha256 for file in manifest.files}
-    assert FILES.keys() <= there.keys()
+    assert whole(model, manifest)
+    assert FILES.keys() <= {file.path for file in manifest.files}
 
 
 def check(place: Path) -> None:

@@ -15,7 +15,8 @@ from tests.conftest import Tracking, wait_until
 from tests.killing import KILLED, Ended, Roles, Run, roles
 from tests.proxy import Proxy, proxying
 from tests.registry import log_files
-from tests.test_crash import assert_whole, keys
+from tests.test_crash import assert_whole
+from tests.test_download import keys
 
 FILES = {"MLmodel": 300, "weights": 3_000_000, "conda.yaml": 100, "empty": 0, "deep/er/vocabulary": 5000}
 
