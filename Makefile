@@ -56,18 +56,23 @@ lint: $(READY)  ## Check style, format and types
 bench: $(READY)  ## Compare with other servers on two cores, about an hour; ARGS="--cases logistic-32" for some of it
 	$(BIN)/python -m bench $(ARGS)
 
-lock: $(READY)  ## Pin and hash the newest dependencies that pyproject.toml allows
+lock: $(READY)  ## Pin and hash dependencies, keeping what is pinned already; UPGRADE=1 takes the newest that pyproject.toml allows
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(COMPILE) pyproject.toml $(addprefix --extra ,$(FLAVORS)) --group dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml $(addprefix --extra ,$(TESTED)) --group dev -o requirements/dev.txt
 	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/runtime.txt
-	for flavor in $(FLAVORS); do \
-	  $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt -o requirements/$$flavor.txt || exit 1; done
+	for flavor in $(TESTED) $(UNTESTED); do \
+	  printf '%s\n' $(WITHOUT) | $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt \
+	    --excludes /dev/stdin -o requirements/$$flavor.txt || exit 1; done
 	$(BIN)/python -m bench.lock
 	$(COMPILE) tests/clients/kserve.in -o tests/clients/kserve.txt
 
-# The runtime and the flavors get the versions that the tests ran with.
-FLAVORS := sklearn lightgbm xgboost
-COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-annotate --no-header
+# The runtime and the flavors get the versions that the tests ran with. The untested are too large for every change.
+TESTED := sklearn lightgbm xgboost catboost
+UNTESTED := onnx pytorch tensorflow
+COMPILE := $(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.10 --generate-hashes \
+  --no-annotate --no-header
+# CatBoost asks for its plotting libraries, and imports them only to plot.
+WITHOUT := graphviz matplotlib plotly
 
 clean:  ## Remove everything that make made
 	rm -rf $(VENV) $(STORE) build .coverage* .mypy_cache .pytest_cache .ruff_cache
