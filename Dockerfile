@@ -1,8 +1,12 @@
 # docker build -t localhost:5000/serve-md-runtime:latest .
 #
-# BASE_IMAGE      the Python to build on; models that were pickled load only in the minor version they were made with
-# FLAVORS         which model libraries to bring, each a lock in requirements/, such as "sklearn lightgbm"
-# PIP_INDEX_URL   where to install from, if not PyPI; PIP_TRUSTED_HOST names it when its certificate is not known here
+# BASE_IMAGE          the Python to build on; models that were pickled load only in the minor version they were made with
+# FLAVORS             which model libraries to bring, each a lock in requirements/, such as "sklearn pytorch"
+# MODEL_REQUIREMENTS  a model's own requirements.txt, copied to requirements/, such as requirements/iris.txt
+# PIP_INDEX_URL       where to install from, if not PyPI; PIP_TRUSTED_HOST names it when its certificate is not known here
+# REVISION            the commit this is built from, for the image's labels
+#
+# After `make wheelhouse` it builds without a network.
 
 # Slim, not Alpine: numpy, scipy and the model libraries publish their wheels for glibc.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
@@ -11,27 +15,16 @@ FROM ${BASE_IMAGE} AS build
 # Arguments of this stage leave no trace in the image: neither a private index nor its credentials.
 ARG PIP_INDEX_URL
 ARG PIP_TRUSTED_HOST
-ARG FLAVORS=sklearn
+ARG FLAVORS="sklearn lightgbm xgboost catboost"
+ARG MODEL_REQUIREMENTS
 WORKDIR /build
-# One environment for pip, which stays behind, and one to ship.
+# One environment for pip and what lists the packages, which stays behind, and one to ship.
 RUN python3 -m venv tool && python3 -m venv --without-pip /venv
 COPY requirements/ requirements/
-# Wheels only: slim images have no compiler, and nothing but the locked files may run code here.
-RUN set -eu; \
-    locks="-r requirements/runtime.txt"; \
-    for flavor in ${FLAVORS}; do locks="${locks} -r requirements/${flavor}.txt"; done; \
-    tool/bin/pip --python /venv/bin/python install --disable-pip-version-check --no-cache-dir --no-compile \
-        --only-binary=:all: --require-hashes --no-deps ${locks}
-# The big libraries' own tests are a fifth of the image, and nothing imports them.
-RUN cd /venv/lib/python3*/site-packages && \
-    for library in numpy pandas scipy sklearn; do \
-        if [ -d "${library}" ]; then find "${library}" -type d -name tests -prune -exec rm -r {} +; fi; \
-    done
-# LightGBM's wheel counts on the system's OpenMP library, which slim images lack. scikit-learn's brings it along;
-# sharing that one also keeps two thread pools from fighting over the CPU.
-RUN for library in /venv/lib/python3*/site-packages/scikit_learn.libs/libgomp*.so*; do \
-        if [ -e "${library}" ]; then ln -s "${library}" /venv/lib/libgomp.so.1; fi; \
-    done
+COPY wheelhouse/ wheelhouse/
+COPY image/install.sh image/sbom.sh image/licences.py ./
+RUN ./install.sh
+RUN ./sbom.sh
 # Nothing can be compiled later, on a read-only root. By hash, because not every builder and registry keeps file times.
 RUN /venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /venv/lib
 COPY *.py *.html /app/
@@ -43,13 +36,18 @@ RUN chmod -R u=rwX,go=rX /app && \
     ln -s /app/cleanup.py /scripts/cleanup_cache.py
 
 FROM ${BASE_IMAGE}
+ARG BASE_IMAGE
+ARG REVISION
 LABEL org.opencontainers.image.title="Darwin Serve Runtime" \
       org.opencontainers.image.description="Download, serve and cache MLflow models on Kubernetes" \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
 # The official images come without the standard library's bytecode; every start would compile what it imports again.
 RUN python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))' | \
     xargs python3 -m compileall -q -x '/(site-packages|dist-packages|test|tests|lib2to3|idlelib|turtledemo)/'
 COPY --from=build /venv /venv
+COPY --from=build /sbom /sbom
 COPY --from=build /scripts /scripts
 COPY --from=build /app /app
 # HOME: a user that only Kubernetes knows has none, and /tmp is what can be written.

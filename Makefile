@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 CLIENTS := build/clients/ready
 STORE := $(CURDIR)/.run
+BASE := build/base.tar
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients run test soak lint bench lock clean
+.PHONY: help setup clients run test test-all test-image image-report soak lint bench wheelhouse base-image lock clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
@@ -44,6 +45,25 @@ test: $(READY) $(CLIENTS)  ## Run all tests, with the coverage floor; ARGS="-k c
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report $(if $(ARGS),--fail-under=0)
 
+test-all:  ## Run all tests with each Python that is supported, an hour and a half
+	for python in 3.10 3.11 3.12 3.13; do $(MAKE) test PYTHON=python$$python VENV=build/python$$python || exit 1; done
+
+wheelhouse: $(READY)  ## Gather all that the image is built from, for building it without a network; ARGS="--help" says more
+	$(BIN)/python -m image.wheelhouse $(ARGS)
+
+base-image: $(BASE)  ## Make build/base.tar, a base image from a Debian mirror, as root, where no registry can be reached
+
+$(BASE): image/base.sh
+	image/base.sh $@
+
+# No network but loopback, of its own: whatever is built, pulled and asked there comes from this machine.
+test-image: $(READY) $(BASE)  ## Build the image, and run its roles as containers, as root, without a network; ARGS as for test
+	$(BIN)/python -m image.wheelhouse --model-requirements tests/image/requirements.txt
+	unshare --net sh -c 'ip link set lo up && exec $(BIN)/pytest tests/image $(ARGS)'
+
+image-report: $(READY) $(BASE)  ## Compare the image's size and packages with what others install, as root
+	$(BIN)/python -m image.report
+
 soak: $(READY)  ## Run the cache's simulation for a million steps, STEPS and SEED say otherwise
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1)
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1) --no-locks
@@ -63,6 +83,7 @@ lock: $(READY)  ## Pin and hash dependencies, keeping what is pinned already; UP
 	for flavor in $(TESTED) $(UNTESTED); do \
 	  printf '%s\n' $(WITHOUT) | $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt \
 	    --excludes /dev/stdin -o requirements/$$flavor.txt || exit 1; done
+	$(COMPILE) --group sbom -o requirements/sbom.txt
 	$(BIN)/python -m bench.lock
 	$(COMPILE) tests/clients/kserve.in -o tests/clients/kserve.txt
 
@@ -75,4 +96,4 @@ COMPILE := $(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal 
 WITHOUT := graphviz matplotlib plotly
 
 clean:  ## Remove everything that make made
-	rm -rf $(VENV) $(STORE) build .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(STORE) build wheelhouse/*.whl .coverage* .mypy_cache .pytest_cache .ruff_cache

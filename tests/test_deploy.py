@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -330,6 +331,7 @@ def test_nothing_but_the_sources_goes_to_the_builder() -> None:
     for path in (
         *("tests/conftest.py", "tests/__init__.py", ".git/config", ".git/HEAD", ".venv/bin/python", ".venv/ready"),
         *("examples/log_iris.py", "deploy/pvc.yaml", "Makefile", ".run/mlflow.db", "requirements/dev.txt"),
+        *("image/report.py", "image/__init__.py", "build/base.tar"),
         *("darwin_env.pyc", "__pycache__/darwin_env.cpython-311.pyc", ".env", "Dockerfile"),
     ):
         assert ignored(path), path
@@ -362,18 +364,24 @@ def test_the_package_index_stays_out_of_the_image() -> None:
         "PIP_INDEX_URL",
         "PIP_TRUSTED_HOST",
         "FLAVORS",
+        "MODEL_REQUIREMENTS",
     }
-    assert of(final, "ARG") == []
+    assert of(final, "ARG") == ["BASE_IMAGE", "REVISION"]
     assert of(build, "FROM") == ["${BASE_IMAGE} AS build"]
     assert of(final, "FROM") == ["${BASE_IMAGE}"]
     assert not any("pip" in copied for copied in of(final, "COPY"))
 
 
-def test_installation_is_from_hashed_wheels_only() -> None:
-    [install] = [run for run in of(stages()[0], "RUN") if " install " in run]
-    assert {"--require-hashes", "--no-deps", "--only-binary=:all:", "--no-cache-dir"} <= set(install.split())
-    assert "-r requirements/runtime.txt" in install
-    assert "-r requirements/${flavor}.txt" in install
+def test_what_the_build_runs_is_given_to_the_builder() -> None:
+    build = stages()[0]
+    [copied] = [rest.split()[:-1] for rest in of(build, "COPY") if "image/install.sh" in rest]
+    for file in copied:
+        assert not ignored(file)
+        assert (ROOT / file).exists()
+    run = {rest.removeprefix("./") for rest in of(build, "RUN") if rest.startswith("./")}
+    assert run == {PurePosixPath(file).name for file in copied if file.endswith(".sh")}
+    for script in run:
+        assert os.access(ROOT / "image" / script, os.X_OK)
 
 
 def test_the_image_has_the_version_of_the_project() -> None:
@@ -394,6 +402,12 @@ def flavors() -> list[str]:
     )
     assert extras
     return re.findall(r"^(\w+) = \[", extras[1], re.MULTILINE)
+
+
+def default_flavors() -> list[str]:
+    default = re.search(r'^ARG FLAVORS="(.*)"$', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert default
+    return default[1].split()
 
 
 def locked(name: str) -> list[Requirement]:
@@ -427,10 +441,8 @@ def pins(name: str, python: str) -> dict[str, str]:
 
 
 def test_every_flavor_has_its_lock() -> None:
-    assert sorted(path.stem for path in REQUIREMENTS.glob("*.txt")) == sorted(["dev", "runtime", *flavors()])
-    default = re.search(r"^ARG FLAVORS=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert default
-    assert set(default[1].split()) <= set(flavors())
+    assert sorted(path.stem for path in REQUIREMENTS.glob("*.txt")) == sorted(["dev", "runtime", "sbom", *flavors()])
+    assert {"sklearn", "lightgbm", "xgboost", "catboost"} == set(default_flavors())
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
@@ -445,7 +457,8 @@ def test_images_get_the_versions_that_were_tested(python: str) -> None:
         }
         assert conflicts == {}, name
     # The default image has nothing that the tests did not run with.
-    assert pins("sklearn", python).items() <= tested.items()
+    for name in default_flavors():
+        assert pins(name, python).items() <= tested.items()
 
 
 def test_no_test_tool_gets_into_the_image() -> None:
