@@ -40,6 +40,20 @@ PACKAGES = {
     "yaml": "pyyaml",
 }
 
+# The flavor of the image that brings a library: what FLAVORS, the Dockerfile's argument, is to name.
+FLAVORS = {
+    "catboost": "catboost",
+    "keras": "tensorflow",
+    "lightgbm": "lightgbm",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "scikit-learn": "sklearn",
+    "skops": "sklearn",
+    "tensorflow": "tensorflow",
+    "torch": "pytorch",
+    "xgboost": "xgboost",
+}
+
 # MLflow then decodes datetimes and bytes for models with type hints.
 SERVING = {"_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true"}
 
@@ -320,8 +334,9 @@ def _differences(requirements: Sequence[Requirement], python: Any) -> list[str]:
         elif not requirement.specifier.contains(installed, prereleases=True):
             found.append(f"{wanted} ({installed} is installed)")
     running = platform.python_version()
-    if python and str(python).split(".")[:2] != running.split(".")[:2]:
-        found.append(f"Python {python} (this is {running})")
+    minor = ".".join(str(python).split(".")[:2])
+    if python and minor != ".".join(running.split(".")[:2]):
+        found.append(f"Python {python} (this is {running}: build the image with BASE_IMAGE=python:{minor}-slim)")
     return found
 
 
@@ -341,7 +356,12 @@ def _why(
         package = PACKAGES.get(absent.split(".")[0], absent.split(".")[0])
         wanted = [str(r) for r in requirements if _normal(r.name) == _normal(package)]
         asked = f" (the model asks for {wanted[0]})" if wanted else " (the model's requirements.txt does not list it)"
-        return f"cannot load the model in {directory}: it needs the library {package}, which is not installed{asked}"
+        flavor = FLAVORS.get(_normal(package))
+        brings = f"{flavor} among its FLAVORS" if flavor else "the model's requirements.txt as its MODEL_REQUIREMENTS"
+        return (
+            f"cannot load the model in {directory}: it needs the library {package}, which is not installed{asked}: "
+            f"build the image with {brings}"
+        )
     parts = [f"cannot load the model in {directory}: {' '.join(_short(error).split())}"]
     files = list(_data_files(directory, description))
     bad = [note for _, note in files if note]

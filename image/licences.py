@@ -13,10 +13,8 @@ def licence(package: Distribution) -> str:
     classifiers = [one.split(" :: ") for one in told.get("classifier", ()) if one.startswith("License :: ")]
     if named := [parts[-1] for parts in classifiers if parts[-1] != "OSI Approved"]:
         return ", ".join(named)
-    texts = [
-        str(told.get("license", "")),
-        *(package.read_text(f"licenses/{file}") for file in told.get("license_file", ())),
-    ]
+    files = [file for file in package.files or () if file.name.upper().startswith(("LICENSE", "LICENCE"))]
+    texts = [str(told.get("license", "")), *(file.read_text() for file in files)]
     return next((text.strip().partition("\n")[0] for text in texts if text), "unknown")
 
 

@@ -162,24 +162,27 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
         f"database_uri = sqlite:///{home}/auth.db\nadmin_username = {username}\nadmin_password = {password}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
-    with _mlflow_server(home, "--app-name", "basic-auth") as (uri, process, lines):
+    with mlflow_serving(home, "--app-name", "basic-auth") as (uri, process, lines):
         yield Tracking(uri, username, password, process, lines)
 
 
 @pytest.fixture(scope="session")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
     """The same without authentication, which takes the server a tenth of a second for each request."""
-    with _mlflow_server(tmp_path_factory.mktemp("open-server")) as (uri, process, lines):
+    with mlflow_serving(tmp_path_factory.mktemp("open-server")) as (uri, process, lines):
         yield Tracking(uri, "", "", process, lines)
 
 
 @contextmanager
-def _mlflow_server(home: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
-    port = free_port()
+def mlflow_serving(
+    home: Path, *arguments: str, host: str = "127.0.0.1", port: int = 0
+) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
+    """The URI, the process and the log of an `mlflow server` that keeps everything in `home`."""
+    port = port or free_port()
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", *arguments),
-            *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--host", host, "--port", str(port), "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
             *("--serve-artifacts", "--artifacts-destination", str(home / "artifacts")),
         ],
@@ -194,7 +197,7 @@ def _mlflow_server(home: Path, *arguments: str) -> Iterator[tuple[str, subproces
         text=True,
         start_new_session=True,
     )
-    uri, lines = f"http://127.0.0.1:{port}", list[str]()
+    uri, lines = f"http://{host}:{port}", list[str]()
     reader = threading.Thread(target=_collect, args=(process, lines), daemon=True)
     reader.start()
 

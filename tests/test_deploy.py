@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import cleanup
+import darwin_model
 import download
 from darwin_env import Reader
 from tests.conftest import ROOT
@@ -443,6 +444,8 @@ def pins(name: str, python: str) -> dict[str, str]:
 def test_every_flavor_has_its_lock() -> None:
     assert sorted(path.stem for path in REQUIREMENTS.glob("*.txt")) == sorted(["dev", "runtime", "sbom", *flavors()])
     assert {"sklearn", "lightgbm", "xgboost", "catboost"} == set(default_flavors())
+    # What the log tells to build with when a library is missing.
+    assert set(darwin_model.FLAVORS.values()) == set(flavors())
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])

@@ -117,6 +117,7 @@ def test_a_missing_library_is_named_with_the_version_asked_for(iris: Path) -> No
     with pytest.raises(RoleError, match="library nosuchflavor, which is not installed") as caught:
         darwin_model.load(iris)
     assert "NoSuchFlavor[gpu]==3.2.1" in str(caught.value)
+    assert str(caught.value).endswith("build the image with the model's requirements.txt as its MODEL_REQUIREMENTS")
 
 
 def test_a_missing_library_nobody_listed(iris: Path) -> None:
@@ -131,8 +132,11 @@ def test_the_library_that_reads_the_model_file_is_missing(iris: Path, monkeypatc
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "path_importer_cache", {})
     (iris / "requirements.txt").write_text("skops==0.13.0\n")
-    with pytest.raises(RoleError, match=r"skops, which is not installed \(the model asks for skops==0\.13\.0\)"):
+    with pytest.raises(
+        RoleError, match=r"skops, which is not installed \(the model asks for skops==0\.13\.0\)"
+    ) as caught:
         darwin_model.load(iris)
+    assert str(caught.value).endswith("build the image with sklearn among its FLAVORS")
 
 
 def test_other_versions_are_logged_in_one_line(iris: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +146,12 @@ def test_other_versions_are_logged_in_one_line(iris: Path, caplog: pytest.LogCap
         darwin_model.load(iris)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("the model was made with other versions: scikit-learn==0.1 (")
-    for part in ("mlflow==1.2 (", "absent-package==4 (not installed)", "Python 3.7.1 (this is "):
+    for part in (
+        "mlflow==1.2 (",
+        "absent-package==4 (not installed)",
+        "Python 3.7.1 (this is ",
+        "BASE_IMAGE=python:3.7-slim)",
+    ):
         assert part in line
     assert "numpy" not in line
 
