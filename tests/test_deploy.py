@@ -38,10 +38,11 @@ ROLES = {"/app/download.py": "init", "/app/cleanup.py": "cleanup"}
 
 Manifest = dict[str, Any]
 
-# What a kind makes its pods from.
+# What a kind makes its pods from. KServe's has the pod's fields among its own.
 TEMPLATES: dict[str, Callable[[Manifest], Manifest]] = {
     "Deployment": lambda spec: dict(spec["template"]),
     "CronJob": lambda spec: dict(spec["jobTemplate"]["spec"]["template"]),
+    "ClusterServingRuntime": lambda spec: {"spec": {name: spec[name] for name in ("containers", "volumes")}},
 }
 
 
@@ -133,8 +134,8 @@ EVERY_CONTAINER = [
 def test_every_file_is_in_the_readme() -> None:
     assert [file for file in FILES if f"(deploy/{file})" not in README] == []
     assert (WITH_PODS, MAIN) == (
-        ["cleanup.yaml", "emptydir.yaml", "pvc.yaml"],
-        ["emptydir.yaml", "pvc.yaml"],
+        ["cleanup.yaml", "emptydir.yaml", "kserve.yaml", "pvc.yaml"],
+        ["emptydir.yaml", "kserve.yaml", "pvc.yaml"],
     )
 
 
@@ -157,12 +158,55 @@ def fields(required: Manifest, **optional: Any) -> Manifest:
     }
 
 
+def resource(spec: Manifest) -> Manifest:
+    metadata = fields({"name": TEXT}, labels=TEXTS, annotations=TEXTS)
+    return fields({"apiVersion": TEXT, "kind": TEXT, "metadata": metadata, "spec": spec})
+
+
 def items(schema: Manifest) -> Manifest:
     return {"type": "array", "minItems": 1, "items": schema}
 
 
-# What is no part of Kubernetes: those fields of kustomize that are in use here.
+PROTOCOL = {"enum": ["v1", "v2", "grpc-v1", "grpc-v2"]}
+
+# What is no part of Kubernetes: those fields of KServe's resource definitions and of kustomize that are in use here.
+# Containers and volumes are validated as those of a pod.
 CUSTOM = {
+    ("serving.kserve.io/v1alpha1", "ClusterServingRuntime"): resource(
+        fields(
+            {"containers": {"type": "array", "contains": {"properties": {"name": {"const": "kserve-container"}}}}},
+            annotations=TEXTS,
+            volumes={"type": "array"},
+            protocolVersions=items(PROTOCOL),
+            supportedModelFormats=items(
+                fields(
+                    {"name": TEXT},
+                    version=TEXT,
+                    autoSelect={"type": "boolean"},
+                    priority={"type": "integer", "minimum": 1},
+                )
+            ),
+        )
+    ),
+    ("serving.kserve.io/v1beta1", "InferenceService"): resource(
+        fields(
+            {
+                "predictor": fields(
+                    {
+                        "model": fields(
+                            {"modelFormat": fields({"name": TEXT}, version=TEXT)},
+                            runtime=TEXT,
+                            storageUri=TEXT,
+                            protocolVersion=PROTOCOL,
+                        )
+                    },
+                    automountServiceAccountToken={"type": "boolean"},
+                    minReplicas={"type": "integer"},
+                    maxReplicas={"type": "integer"},
+                )
+            }
+        )
+    ),
     ("kustomize.config.k8s.io/v1beta1", "Kustomization"): fields(
         {"apiVersion": TEXT, "kind": TEXT, "resources": items(TEXT)},
         images=items(fields({"name": TEXT}, newName=TEXT, newTag=TEXT)),
@@ -174,8 +218,11 @@ CUSTOM = {
 def validate(document: Manifest, version: str) -> None:
     if schema := CUSTOM.get((document["apiVersion"], document["kind"])):
         jsonschema.validate(document, schema, jsonschema.Draft202012Validator)
-    else:
-        assert kubernetes_validate.validate(document, version, strict=True) == version
+        if document["kind"] not in TEMPLATES:
+            return
+        found = TEMPLATES[document["kind"]](document["spec"])
+        document = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "made"}, **found}
+    assert kubernetes_validate.validate(document, version, strict=True) == version
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
@@ -196,6 +243,14 @@ def test_kubernetes_takes_it(file: str, version: str) -> None:
         ("scaling.yaml", "HorizontalPodAutoscaler", "apiVersion", "autoscaling/v2beta1"),
         ("scaling.yaml", "PodDisruptionBudget", "spec.selector", "model-server"),
         ("network.yaml", "NetworkPolicy", "spec.egress.0.ports.0.number", 53),
+        ("kserve.yaml", "ClusterServingRuntime", "apiVersion", "serving.kserve.io/v1beta1"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.protocolVersions.0", "v3"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.supportedModelFormats.0.priority", 0),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.containers.0.name", "server"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.containers.0.ports.0.containerPort", "8080"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.volumes.0.emptydir", {}),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.securityContext", {}),
+        ("kserve.yaml", "InferenceService", "spec.predictor.model.storageURI", "s3://bucket"),
         ("kustomization.yaml", "Kustomization", "images.0.newtag", "1"),
     ],
 )
@@ -430,6 +485,7 @@ def test_who_writes_to_the_cache_is_one_user() -> None:
 def test_only_the_cleanup_gets_a_token() -> None:
     given = {file: pod(file)["automountServiceAccountToken"] for file in (*SERVING, "cleanup.yaml")}
     assert given == {"emptydir.yaml": False, "pvc.yaml": False, "cleanup.yaml": True}
+    assert manifest("kserve.yaml", "InferenceService")["spec"]["predictor"]["automountServiceAccountToken"] is False
 
 
 def test_the_cleanup_may_list_pods_and_nothing_else() -> None:
@@ -508,6 +564,28 @@ def test_pods_reach_what_they_need_and_nothing_else(file: str) -> None:
         assert ports(policy["egress"]) == DNS | {("TCP", tracking), ("TCP", 443)}
 
 
+def test_kserve_finds_the_runtime_and_the_runtime_the_model() -> None:
+    runtime, service = (manifest("kserve.yaml", kind) for kind in ("ClusterServingRuntime", "InferenceService"))
+    formats, model = runtime["spec"]["supportedModelFormats"], service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert {one["name"] for one in formats} == {model["modelFormat"]["name"]} == {"mlflow"}
+    # KServe refuses a runtime with several priorities for a format. Its own has 1.
+    assert {(one["autoSelect"], one["priority"]) for one in formats} == {(True, 2)}
+
+    [container] = containers("kserve.yaml")
+    # There KServe mounts it. It fills in the name, and nothing else may look like a template.
+    assert values(container)["MODEL_LOCAL_PATH"] == "/mnt/models"
+    assert values(container)["MODEL_NAME"] == "{{.Name}}"
+    assert json.dumps(container).count("{{") == 1
+    assert set(runtime["spec"]["protocolVersions"]) <= {route.split("/")[1] for route in routes()}
+    [port] = container["ports"]
+    assert port["name"] in ("http1", "h2c"), "Knative takes no other"
+    assert runtime["spec"]["annotations"] == {
+        "prometheus.kserve.io/port": str(port["containerPort"]),
+        "prometheus.kserve.io/path": "/metrics",
+    }
+
+
 # What kustomize makes of them
 
 
@@ -569,6 +647,7 @@ def test_the_image_is_the_same_everywhere() -> None:
 
 # Beside the image of each container and the URIs of each init container.
 TO_CHANGE = {
+    "kserve.yaml": ["storageUri: s3://bucket/path/to/model"],
     "network.yaml": ["{protocol: TCP, port: 5000}", "{protocol: TCP, port: 443}"],
     "kustomization.yaml": [
         "newName: localhost:5000/serve-md-runtime",
