@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import copy
 import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
+import jsonschema  # type: ignore[import-untyped]
+import kubernetes_validate  # type: ignore[import-untyped]
 import mlflow.environment_variables
 import pytest
 import yaml
@@ -24,6 +30,7 @@ from tests.conftest import ROOT
 from tests.settings import read_by
 
 DEPLOY = ROOT / "deploy"
+README = (ROOT / "README.md").read_text()
 REQUIREMENTS = ROOT / "requirements"
 FILES = sorted(path.name for path in DEPLOY.glob("*.yaml"))
 SERVING = ["emptydir.yaml", "pvc.yaml"]
@@ -33,24 +40,67 @@ ROLES = {"/app/download.py": "init", "/app/cleanup.py": "cleanup"}
 
 Manifest = dict[str, Any]
 
+# What a kind makes its pods from. KServe's has the pod's fields among its own.
+TEMPLATES: dict[str, Callable[[Manifest], Manifest]] = {
+    "Deployment": lambda spec: dict(spec["template"]),
+    "CronJob": lambda spec: dict(spec["jobTemplate"]["spec"]["template"]),
+    "ClusterServingRuntime": lambda spec: {"spec": {name: spec[name] for name in ("containers", "volumes")}},
+}
 
-def manifests(file: str) -> dict[str, Manifest]:
-    """By kind; no file has two of one kind."""
-    documents = list(yaml.safe_load_all((DEPLOY / file).read_text()))
-    found = {document["kind"]: document for document in documents}
-    assert len(found) == len(documents)
+
+def manifests(file: str) -> list[Manifest]:
+    return list(yaml.safe_load_all((DEPLOY / file).read_text()))
+
+
+def manifest(file: str, kind: str, name: str | None = None) -> Manifest:
+    """The only one of its kind in a file, or of its kind and name."""
+    [found] = [
+        one for one in manifests(file) if one["kind"] == kind and name in (None, one.get("metadata", {}).get("name"))
+    ]
+    return found
+
+
+def templates(file: str) -> list[Manifest]:
+    return [TEMPLATES[one["kind"]](one["spec"]) for one in manifests(file) if one["kind"] in TEMPLATES]
+
+
+def template(file: str) -> Manifest:
+    [found] = templates(file)
     return found
 
 
 def pod(file: str) -> Manifest:
-    found = manifests(file)
-    spec = found["Deployment"]["spec"] if "Deployment" in found else found["CronJob"]["spec"]["jobTemplate"]["spec"]
-    return dict(spec["template"]["spec"])
+    return dict(template(file)["spec"])
 
 
-def containers(file: str) -> Iterator[Manifest]:
-    yield from pod(file).get("initContainers", ())
-    yield from pod(file)["containers"]
+def containers(file: str) -> list[Manifest]:
+    return [*pod(file).get("initContainers", ()), *pod(file)["containers"]]
+
+
+def at(found: Any, path: str) -> Any:
+    """What is at a path like `capabilities.drop`; None where there is nothing."""
+    for step in path.split("."):
+        found = (found or {}).get(step)
+    return found
+
+
+def walk(found: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field, as (".containers.0.name", "server")."""
+    steps = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+    for step, value in steps:
+        yield f"{path}.{step}", value
+        yield from walk(value, f"{path}.{step}")
+
+
+def changed(original: Manifest, path: str, value: Any) -> Manifest:
+    """A copy with another value at a path."""
+    copied = copy.deepcopy(original)
+    *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    inner: Any = copied
+    for step in steps:
+        inner = inner[step] if isinstance(step, int) else inner.setdefault(step, {})
+    inner[last] = value
+    return copied
 
 
 def role(container: Manifest) -> str:
@@ -76,14 +126,146 @@ def serving(file: str) -> tuple[Manifest, Manifest]:
     return init, main
 
 
+WITH_PODS = [file for file in FILES if templates(file)]
+MAIN = [file for file in WITH_PODS if role(containers(file)[-1]) == "main"]
 EVERY_CONTAINER = [
-    pytest.param(container, id=f"{file}:{container['name']}") for file in FILES for container in containers(file)
+    pytest.param(container, id=f"{file}:{container['name']}") for file in WITH_PODS for container in containers(file)
 ]
 
 
-def test_there_are_the_three_files_of_the_readme() -> None:
-    assert [*SERVING, "cleanup.yaml"] == sorted(FILES, key=lambda name: (name == "cleanup.yaml", name))
-    assert all(f"(deploy/{file})" in (ROOT / "README.md").read_text() for file in FILES)
+def test_every_file_is_in_the_readme() -> None:
+    assert [file for file in FILES if f"(deploy/{file})" not in README] == []
+    assert (WITH_PODS, MAIN) == (
+        ["cleanup.yaml", "emptydir.yaml", "kserve.yaml", "pvc.yaml"],
+        ["emptydir.yaml", "kserve.yaml", "pvc.yaml"],
+    )
+
+
+# Whether a cluster takes them
+
+[OLDEST] = re.findall(r"Kubernetes (\d+\.\d+) and newer", README)
+NEWEST = kubernetes_validate.latest_version().rpartition(".")[0]
+
+TEXT = {"type": "string"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+
+
+def fields(required: Manifest, **optional: Any) -> Manifest:
+    """The JSON Schema of an object that has these fields and no others."""
+    return {
+        "type": "object",
+        "required": list(required),
+        "properties": required | optional,
+        "additionalProperties": False,
+    }
+
+
+def resource(spec: Manifest) -> Manifest:
+    metadata = fields({"name": TEXT}, labels=TEXTS, annotations=TEXTS)
+    return fields({"apiVersion": TEXT, "kind": TEXT, "metadata": metadata, "spec": spec})
+
+
+def items(schema: Manifest) -> Manifest:
+    return {"type": "array", "minItems": 1, "items": schema}
+
+
+PROTOCOL = {"enum": ["v1", "v2", "grpc-v1", "grpc-v2"]}
+
+# What is no part of Kubernetes: those fields of KServe's resource definitions and of kustomize that are in use here.
+# Containers and volumes are validated as those of a pod.
+CUSTOM = {
+    ("serving.kserve.io/v1alpha1", "ClusterServingRuntime"): resource(
+        fields(
+            {"containers": {"type": "array", "contains": {"properties": {"name": {"const": "kserve-container"}}}}},
+            annotations=TEXTS,
+            volumes={"type": "array"},
+            protocolVersions=items(PROTOCOL),
+            supportedModelFormats=items(
+                fields(
+                    {"name": TEXT},
+                    version=TEXT,
+                    autoSelect={"type": "boolean"},
+                    priority={"type": "integer", "minimum": 1},
+                )
+            ),
+        )
+    ),
+    ("serving.kserve.io/v1beta1", "InferenceService"): resource(
+        fields(
+            {
+                "predictor": fields(
+                    {
+                        "model": fields(
+                            {"modelFormat": fields({"name": TEXT}, version=TEXT)},
+                            runtime=TEXT,
+                            storageUri=TEXT,
+                            protocolVersion=PROTOCOL,
+                        )
+                    },
+                    automountServiceAccountToken={"type": "boolean"},
+                    minReplicas={"type": "integer"},
+                    maxReplicas={"type": "integer"},
+                )
+            }
+        )
+    ),
+    ("kustomize.config.k8s.io/v1beta1", "Kustomization"): fields(
+        {"apiVersion": TEXT, "kind": TEXT, "resources": items(TEXT)},
+        images=items(fields({"name": TEXT}, newName=TEXT, newTag=TEXT)),
+        patches=items(fields({"patch": TEXT})),
+    ),
+}
+
+
+def validate(document: Manifest, version: str) -> None:
+    if schema := CUSTOM.get((document["apiVersion"], document["kind"])):
+        jsonschema.validate(document, schema, jsonschema.Draft202012Validator)
+        if document["kind"] not in TEMPLATES:
+            return
+        found = TEMPLATES[document["kind"]](document["spec"])
+        document = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "made"}, **found}
+    assert kubernetes_validate.validate(document, version, strict=True) == version
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("file", FILES)
+def test_kubernetes_takes_it(file: str, version: str) -> None:
+    for document in manifests(file):
+        validate(document, version)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "path", "value"),
+    [
+        ("pvc.yaml", "Deployment", "spec.template.spec.containers.0.livenessProbes", {}),
+        ("pvc.yaml", "Deployment", "spec.template.spec.containers.0.env.0.value", 7),
+        ("pvc.yaml", "PersistentVolumeClaim", "spec.accessModes", "ReadWriteMany"),
+        ("cleanup.yaml", "CronJob", "spec.jobTemplate.spec.backoffLimit", "one"),
+        ("scaling.yaml", "HorizontalPodAutoscaler", "spec.targetCPUUtilizationPercentage", 80),
+        ("scaling.yaml", "HorizontalPodAutoscaler", "apiVersion", "autoscaling/v2beta1"),
+        ("scaling.yaml", "PodDisruptionBudget", "spec.selector", "model-server"),
+        ("network.yaml", "NetworkPolicy", "spec.egress.0.ports.0.number", 53),
+        ("kserve.yaml", "ClusterServingRuntime", "apiVersion", "serving.kserve.io/v1beta1"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.protocolVersions.0", "v3"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.supportedModelFormats.0.priority", 0),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.containers.0.name", "server"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.containers.0.ports.0.containerPort", "8080"),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.volumes.0.emptydir", {}),
+        ("kserve.yaml", "ClusterServingRuntime", "spec.securityContext", {}),
+        ("kserve.yaml", "InferenceService", "spec.predictor.model.storageURI", "s3://bucket"),
+        ("kustomization.yaml", "Kustomization", "images.0.newtag", "1"),
+    ],
+)
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_a_mistake_is_refused(file: str, kind: str, path: str, value: object, version: str) -> None:
+    original = next(one for one in manifests(file) if one["kind"] == kind)
+    with pytest.raises(
+        (jsonschema.ValidationError, kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError)
+    ):
+        validate(changed(original, path, value), version)
+
+
+# What is in them
 
 
 @pytest.mark.parametrize("container", EVERY_CONTAINER)
@@ -124,7 +306,7 @@ def test_the_cache_is_at_one_path_and_the_main_container_only_reads_it() -> None
     assert {mounts(one)["model-cache"]["mountPath"] for one in (init, main, job)} == {values(init)["CACHE_PATH"]}
     assert values(job)["CACHE_PATH"] == values(init)["CACHE_PATH"]
     assert [mounts(one)["model-cache"].get("readOnly", False) for one in (init, main, job)] == [False, True, False]
-    claim = manifests("pvc.yaml")["PersistentVolumeClaim"]
+    claim = manifest("pvc.yaml", "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for file in ("pvc.yaml", "cleanup.yaml"):
         [volume] = [volume for volume in pod(file)["volumes"] if volume["name"] == "model-cache"]
@@ -137,7 +319,7 @@ def test_who_uses_the_cache_is_told_by_pod_name() -> None:
         assert name["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", WITH_PODS)
 def test_every_mount_has_its_volume_and_is_used(file: str) -> None:
     volumes = [volume["name"] for volume in pod(file)["volumes"]]
     assert {name for container in containers(file) for name in mounts(container)} == set(volumes)
@@ -145,10 +327,7 @@ def test_every_mount_has_its_volume_and_is_used(file: str) -> None:
 
 
 def test_the_login_is_an_optional_secret_as_the_readme_makes_it() -> None:
-    made = re.search(
-        r"kubectl create secret generic (\S+) --from-literal=(\w+)=\S+ --from-literal=(\w+)=",
-        (ROOT / "README.md").read_text(),
-    )
+    made = re.search(r"kubectl create secret generic (\S+) --from-literal=(\w+)=\S+ --from-literal=(\w+)=", README)
     assert made
     for file in SERVING:
         secrets = {
@@ -162,11 +341,10 @@ def test_the_login_is_an_optional_secret_as_the_readme_makes_it() -> None:
         }
 
 
-@pytest.mark.parametrize("file", SERVING)
-def test_probes_ask_routes_that_the_server_has(file: str) -> None:
-    _, main = serving(file)
-    routes = {
-        node.elts[1].value
+def routes() -> set[str]:
+    """What can be asked of the server with GET."""
+    return {
+        str(node.elts[1].value)
         for node in ast.walk(ast.parse((ROOT / "darwin_app.py").read_text()))
         if isinstance(node, ast.Tuple)
         and len(node.elts) > 1
@@ -174,27 +352,36 @@ def test_probes_ask_routes_that_the_server_has(file: str) -> None:
         and node.elts[0].value == "GET"
         and isinstance(node.elts[1], ast.Constant)
     }
+
+
+@pytest.mark.parametrize("file", MAIN)
+def test_probes_ask_routes_that_the_server_has(file: str) -> None:
+    main = containers(file)[-1]
     probes = {kind: main[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")}
     assert {kind: probe["path"] for kind, probe in probes.items()} == {
         "startup": "/ready",
         "readiness": "/ready",
         "liveness": "/livez",
     }
-    assert {probe["path"] for probe in probes.values()} <= routes
+    assert {probe["path"] for probe in probes.values()} <= routes()
 
     [port] = main["ports"]
-    assert str(port["containerPort"]) == read_by("main")["PORT"]
-    assert {probe["port"] for probe in probes.values()} == {port["name"]}
+    assert str(port["containerPort"]) == values(main).get("PORT", read_by("main")["PORT"])
+    # By its name, but for those who ask without knowing names.
+    assert {probe["port"] for probe in probes.values()} == {port["name" if file in SERVING else "containerPort"]}
+
+
+def labels(file: str) -> Manifest:
+    return dict(template(file)["metadata"]["labels"])
 
 
 @pytest.mark.parametrize("file", SERVING)
 def test_the_service_leads_to_the_pods(file: str) -> None:
-    found = manifests(file)
-    deployment, service = found["Deployment"]["spec"], found["Service"]["spec"]
-    assert deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"] == service["selector"]
+    deployment, service = (manifest(file, kind)["spec"] for kind in ("Deployment", "Service"))
+    assert deployment["selector"]["matchLabels"] == labels(file) == service["selector"]
     assert {port["targetPort"] for port in service["ports"]} == {port["name"] for port in serving(file)[1]["ports"]}
-    name = found["Deployment"]["metadata"]["name"]
-    assert f"deployment/{name}" in (ROOT / "README.md").read_text()
+    name = manifest(file, "Deployment")["metadata"]["name"]
+    assert f"deployment/{name}" in README
 
 
 @pytest.mark.parametrize("file", SERVING)
@@ -205,72 +392,285 @@ def test_a_prediction_under_way_can_end(file: str) -> None:
 
 @pytest.mark.parametrize("container", EVERY_CONTAINER)
 def test_containers_are_locked_down(container: Manifest) -> None:
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert mounts(container)["tmp"]["mountPath"] == "/tmp"
     assert container["resources"]["requests"].keys() == {"cpu", "memory"}
     assert "memory" in container["resources"]["limits"]
 
 
-@pytest.mark.parametrize("file", FILES)
+# The Pod Security Standard "restricted": what may be in these fields, wherever in a pod they are ...
+PROFILES = ["RuntimeDefault", "Localhost"]
+MAY_BE: dict[str, Sequence[Any]] = {
+    **dict.fromkeys(["hostNetwork", "hostPID", "hostIPC", "hostProcess", "privileged"], (False,)),
+    **dict.fromkeys(["httpGet.host", "tcpSocket.host", "seLinuxOptions.user", "seLinuxOptions.role"], ("",)),
+    "seLinuxOptions.type": ["", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"],
+    "hostPort": [0],
+    "procMount": ["Default"],
+    "sysctls": [[]],
+    "capabilities.add": [[], ["NET_BIND_SERVICE"]],
+    "runAsNonRoot": [True],
+    "seccompProfile.type": PROFILES,
+    "appArmorProfile.type": PROFILES,
+}
+# ... what may not ...
+MAY_NOT_BE = {"runAsUser": 0}
+# ... and what every container must have, from its pod if not by itself.
+MUST_BE: dict[str, list[Any]] = {
+    "allowPrivilegeEscalation": [False],
+    "capabilities.drop": [["ALL"]],
+    "runAsNonRoot": [True],
+    "seccompProfile.type": PROFILES,
+}
+VOLUMES = {
+    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"),
+}
+
+
+def violations(spec: Manifest) -> set[str]:
+    """The paths at which a pod does not keep to the standard."""
+    found = set()
+    for path, value in walk(spec):
+        found |= {path for field, good in MAY_BE.items() if path.endswith(f".{field}") and value not in good}
+        found |= {path for field, bad in MAY_NOT_BE.items() if path.endswith(f".{field}") and value == bad}
+    for kind in ("initContainers", "containers"):
+        for index, container in enumerate(spec.get(kind, ())):
+            context = spec.get("securityContext", {}) | container.get("securityContext", {})
+            path = f".{kind}.{index}.securityContext."
+            found |= {path + field for field, good in MUST_BE.items() if at(context, field) not in good}
+    for index, volume in enumerate(spec["volumes"]):
+        found |= {f".volumes.{index}.{kind}" for kind in volume.keys() - VOLUMES - {"name"}}
+    return found
+
+
+@pytest.mark.parametrize("file", WITH_PODS)
 def test_pods_keep_to_the_restricted_standard(file: str) -> None:
-    context = pod(file)["securityContext"]
-    assert context["runAsNonRoot"] is True
-    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {10001}
-    assert {next(iter(volume.keys() - {"name"})) for volume in pod(file)["volumes"]} <= {
-        "emptyDir",
-        "persistentVolumeClaim",
-    }
-    assert pod(file)["automountServiceAccountToken"] is (file == "cleanup.yaml")
+    assert violations(pod(file)) == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("hostNetwork", True),
+        ("hostPID", True),
+        ("hostIPC", True),
+        ("securityContext.sysctls", [{"name": "kernel.msgmax", "value": "1"}]),
+        ("securityContext.runAsNonRoot", False),
+        ("securityContext.windowsOptions.hostProcess", True),
+        ("volumes.0.hostPath", {"path": "/"}),
+        ("volumes.0.nfs", {"server": "nfs", "path": "/"}),
+        ("containers.0.securityContext.privileged", True),
+        ("containers.0.securityContext.allowPrivilegeEscalation", None),
+        ("containers.0.securityContext.capabilities.drop", ["NET_RAW"]),
+        ("containers.0.securityContext.capabilities.add", ["SYS_ADMIN"]),
+        ("containers.0.securityContext.procMount", "Unmasked"),
+        ("containers.0.securityContext.runAsNonRoot", None),
+        ("containers.0.securityContext.runAsUser", 0),
+        ("containers.0.securityContext.seccompProfile.type", "Unconfined"),
+        ("containers.0.securityContext.appArmorProfile.type", "Unconfined"),
+        ("containers.0.securityContext.seLinuxOptions.role", "sysadm_r"),
+        ("containers.0.ports.0.hostPort", 8000),
+        ("containers.0.livenessProbe.httpGet.host", "169.254.169.254"),
+    ],
+)
+@pytest.mark.parametrize("file", MAIN)
+def test_what_the_restricted_standard_forbids_is_noticed(file: str, path: str, value: object) -> None:
+    assert f".{path}" in violations(changed(pod(file), path, value))
+
+
+def test_who_writes_to_the_cache_is_one_user() -> None:
+    for file in (*SERVING, "cleanup.yaml"):
+        context = pod(file)["securityContext"]
+        assert {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {10001}
+
+
+def test_only_the_cleanup_gets_a_token() -> None:
+    given = {file: pod(file)["automountServiceAccountToken"] for file in (*SERVING, "cleanup.yaml")}
+    assert given == {"emptydir.yaml": False, "pvc.yaml": False, "cleanup.yaml": True}
+    assert manifest("kserve.yaml", "InferenceService")["spec"]["predictor"]["automountServiceAccountToken"] is False
 
 
 def test_the_cleanup_may_list_pods_and_nothing_else() -> None:
-    found = manifests("cleanup.yaml")
-    assert found["Role"]["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
-    account = found["ServiceAccount"]["metadata"]["name"]
-    assert pod("cleanup.yaml")["serviceAccountName"] == account
-    assert found["RoleBinding"]["subjects"] == [{"kind": "ServiceAccount", "name": account}]
-    assert found["RoleBinding"]["roleRef"] == {
+    rights, account, binding = (manifest("cleanup.yaml", kind) for kind in ("Role", "ServiceAccount", "RoleBinding"))
+    assert rights["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
+    name = account["metadata"]["name"]
+    assert pod("cleanup.yaml")["serviceAccountName"] == name
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name}]
+    assert binding["roleRef"] == {
         "apiGroup": "rbac.authorization.k8s.io",
         "kind": "Role",
-        "name": found["Role"]["metadata"]["name"],
+        "name": rights["metadata"]["name"],
     }
     # What the log tells to add when the right is missing is the same Role.
     told = yaml.safe_load(cleanup.ROLE_TO_ADD.format(namespace="models"))
-    assert told["rules"] == found["Role"]["rules"]
-    assert told["metadata"]["name"] == found["Role"]["metadata"]["name"]
+    assert told["rules"] == rights["rules"]
+    assert told["metadata"]["name"] == rights["metadata"]["name"]
 
 
 def test_the_cleanup_runs_one_at_a_time_and_ends() -> None:
-    spec = manifests("cleanup.yaml")["CronJob"]["spec"]
+    spec = manifest("cleanup.yaml", "CronJob")["spec"]
     assert spec["concurrencyPolicy"] == "Forbid"
     grace = float(read_by("cleanup")["GRACE_SECONDS"] or "nan")
     assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] > 10 * grace
     assert pod("cleanup.yaml")["restartPolicy"] == "Never"
 
 
+@pytest.mark.parametrize("file", SERVING)
+def test_a_rollout_takes_no_pod_before_it_has_another(file: str) -> None:
+    spec = manifest(file, "Deployment")["spec"]
+    assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    assert spec["strategy"]["rollingUpdate"]["maxSurge"] not in (0, "0%")
+
+
+@pytest.mark.parametrize("file", SERVING)
+def test_scaling_is_of_the_deployment(file: str) -> None:
+    scaler = manifest("scaling.yaml", "HorizontalPodAutoscaler")["spec"]
+    deployment = manifest(file, "Deployment")
+    assert scaler["scaleTargetRef"] == {
+        "apiVersion": deployment["apiVersion"],
+        "kind": "Deployment",
+        "name": deployment["metadata"]["name"],
+    }
+    # A number of pods in the Deployment would undo the autoscaler's with each `kubectl apply`.
+    assert "replicas" not in deployment["spec"]
+    # A utilisation is a share of what is requested.
+    requests = containers(file)[-1]["resources"]["requests"]
+    assert {metric["resource"]["name"] for metric in scaler["metrics"]} <= requests.keys()
+    # `minAvailable: 1` would not let the node of a single pod be drained.
+    budget = manifest("scaling.yaml", "PodDisruptionBudget")["spec"]
+    assert budget == {"maxUnavailable": 1, "selector": {"matchLabels": labels(file)}}
+
+
+def ports(rules: list[Manifest]) -> set[tuple[str, int]]:
+    return {(port["protocol"], port["port"]) for rule in rules for port in rule["ports"]}
+
+
+DNS = {("UDP", 53), ("TCP", 53)}
+
+
+@pytest.mark.parametrize("file", [*SERVING, "cleanup.yaml"])
+def test_pods_reach_what_they_need_and_nothing_else(file: str) -> None:
+    [policy] = [
+        one["spec"]
+        for one in manifests("network.yaml")
+        if one["spec"]["podSelector"]["matchLabels"].items() <= labels(file).items()
+    ]
+    assert policy["policyTypes"] == ["Ingress", "Egress"], "where a type has no rule, nothing passes"
+    if file == "cleanup.yaml":
+        assert "ingress" not in policy
+        assert ports(policy["egress"]) == DNS | {("TCP", 443), ("TCP", 6443)}
+    else:
+        init, main = serving(file)
+        assert ports(policy["ingress"]) == {("TCP", main["ports"][0]["containerPort"])}
+        tracking = urlsplit(values(init)["MLFLOW_TRACKING_URI"]).port
+        assert ports(policy["egress"]) == DNS | {("TCP", tracking), ("TCP", 443)}
+
+
+def test_kserve_finds_the_runtime_and_the_runtime_the_model() -> None:
+    runtime, service = (manifest("kserve.yaml", kind) for kind in ("ClusterServingRuntime", "InferenceService"))
+    formats, model = runtime["spec"]["supportedModelFormats"], service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert {one["name"] for one in formats} == {model["modelFormat"]["name"]} == {"mlflow"}
+    # KServe refuses a runtime with several priorities for a format. Its own has 1.
+    assert {(one["autoSelect"], one["priority"]) for one in formats} == {(True, 2)}
+
+    [container] = containers("kserve.yaml")
+    # There KServe mounts it. It fills in the name, and nothing else may look like a template.
+    assert values(container)["MODEL_LOCAL_PATH"] == "/mnt/models"
+    assert values(container)["MODEL_NAME"] == "{{.Name}}"
+    assert json.dumps(container).count("{{") == 1
+    assert set(runtime["spec"]["protocolVersions"]) <= {route.split("/")[1] for route in routes()}
+    [port] = container["ports"]
+    assert port["name"] in ("http1", "h2c"), "Knative takes no other"
+    assert runtime["spec"]["annotations"] == {
+        "prometheus.kserve.io/port": str(port["containerPort"]),
+        "prometheus.kserve.io/path": "/metrics",
+    }
+
+
+# What kustomize makes of them
+
+
+def merged(base: Any, patch: Any) -> Any:
+    """A strategic merge: field by field, and lists by what has the same name. What is patched must be there."""
+    if isinstance(patch, dict):
+        return base | {name: merged(base[name], value) for name, value in patch.items()}
+    if isinstance(patch, list):
+        by_name = {one["name"]: one for one in patch}
+        assert by_name.keys() <= {one["name"] for one in base}
+        return [merged(one, by_name.get(one["name"], {})) for one in base]
+    return patch
+
+
+def test_the_kustomization_changes_what_there_is() -> None:
+    kustomization = manifest("kustomization.yaml", "Kustomization")
+    assert kustomization["resources"] == ["pvc.yaml", "cleanup.yaml", "scaling.yaml", "network.yaml"]
+    [image] = kustomization["images"]
+    used = {container["image"] for file in WITH_PODS for container in containers(file)}
+    assert used == {f"{image['name']}:{image['newTag']}"} == {f"{image['newName']}:{image['newTag']}"}
+    [patch] = [yaml.safe_load(one["patch"]) for one in kustomization["patches"]]
+    for file in SERVING:
+        target = manifest(file, patch["kind"], patch["metadata"]["name"])
+        assert merged(target, patch) == target, "as it is, it says what the files say"
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, for the real kustomize")
+def test_kustomize_puts_what_is_changed_where_it_belongs(tmp_path: Path) -> None:
+    def text(path: Path, instead: dict[str, str]) -> str:
+        found = path.read_text()
+        for old, new in instead.items():
+            found = found.replace(old, new)
+        return found
+
+    instead = {"models:/iris@champion": "models:/wine/7", "value: http://mlflow:5000": "value: https://mlflow.example"}
+    copied = shutil.copytree(DEPLOY, tmp_path / "deploy") / "kustomization.yaml"
+    names = {
+        "newName: localhost:5000/serve-md-runtime": "newName: registry.example/ml/serve",
+        "newTag: latest": "newTag: v1",
+    }
+    copied.write_text(text(copied, instead | names))
+    made = subprocess.run(["kubectl", "kustomize", copied.parent], capture_output=True, text=True, check=True).stdout
+
+    instead["localhost:5000/serve-md-runtime:latest"] = "registry.example/ml/serve:v1"
+    files = [text(DEPLOY / file, instead) for file in manifest("kustomization.yaml", "Kustomization")["resources"]]
+    wanted = [one for file in files for one in yaml.safe_load_all(file)]
+    assert sorted(yaml.safe_load_all(made), key=str) == sorted(wanted, key=str)
+
+
+# What there is to change
+
+
 def test_the_image_is_the_same_everywhere() -> None:
-    images = {container["image"] for file in FILES for container in containers(file)}
+    images = {container["image"] for file in WITH_PODS for container in containers(file)}
     [image] = images
-    readme = (ROOT / "README.md").read_text()
-    assert f"docker build -t {image} ." in readme
+    assert f"docker build -t {image} ." in README
     assert image in (ROOT / "Dockerfile").read_text()
+
+
+# Beside the image of each container and the URIs of each init container.
+TO_CHANGE = {
+    "kserve.yaml": ["storageUri: s3://bucket/path/to/model"],
+    "network.yaml": ["{protocol: TCP, port: 5000}", "{protocol: TCP, port: 443}"],
+    "kustomization.yaml": [
+        "newName: localhost:5000/serve-md-runtime",
+        "newTag: latest",
+        "value: models:/iris@champion",
+        "value: http://mlflow:5000",
+    ],
+}
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_only_image_and_uris_are_to_be_changed(file: str) -> None:
     lines = [line for line in (DEPLOY / file).read_text().splitlines() if "# change:" in line]
-    changed = {line.partition("# change:")[0].strip().removeprefix("- ") for line in lines}
-    expected = {f"image: {container['image']}" for container in containers(file)}
+    expected = TO_CHANGE.get(file, [])
+    if file in WITH_PODS:
+        expected = [*expected, *(f"image: {container['image']}" for container in containers(file))]
     if file in SERVING:
         init = values(serving(file)[0])
-        expected |= {f"value: {init[name]}" for name in ("MODEL_URI", "MLFLOW_TRACKING_URI")}
-    assert changed == expected
-    assert len(lines) == len(list(containers(file))) + 2 * (file in SERVING)
+        expected = [*expected, *(f"value: {init[name]}" for name in ("MODEL_URI", "MLFLOW_TRACKING_URI"))]
+    marked = [line.partition("# change:")[0].strip().removeprefix("- ") for line in lines]
+    assert sorted(marked) == sorted(expected)
 
 
 # The Dockerfile
