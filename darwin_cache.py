@@ -336,7 +336,7 @@ class Cache:
         while True:
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                return Lock(path, descriptor, owner, inherited=inherited)
+                return Lock(path, descriptor, owner, inherited=self._clear_seized(path) or inherited)
             except FileExistsError:
                 holder = self._holder(path)
                 if holder and holder.alive and holder.owner != owner:
@@ -367,10 +367,18 @@ class Cache:
             return False
         holder = self._holder(taken)
         if holder and holder.alive and holder.owner != owner:
-            taken.rename(path)  # it is not the one that was dead
+            with contextlib.suppress(FileNotFoundError):
+                taken.rename(path)  # it is not the one that was dead
             return False
         taken.unlink(missing_ok=True)
         return True
+
+    def _clear_seized(self, path: Path) -> bool:
+        """Whether someone died, or still is, taking a dead holder's lock away: what that one staged is there, too."""
+        seized = list(path.parent.glob(f".{path.name}.*.tmp"))
+        for lock in seized:
+            lock.unlink(missing_ok=True)
+        return bool(seized)
 
     def stage(self, key: str, lock: Lock | None = None) -> Path:
         """A directory to put a model together in: what the holder before left of it, or an empty one.

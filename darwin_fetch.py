@@ -295,9 +295,24 @@ def _walk(store: Store, listing: Sequence[tuple[str, int | None]]) -> Iterator[R
             yield RemoteFile(path, size)
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory that goes again at the end of the block. Raises `RoleError` where there is no place for one."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="darwin-", ignore_cleanup_errors=True)
+    except FileNotFoundError as error:  # found by trying to write a file in each place
+        place = os.environ.get("TMPDIR", "/tmp")  # noqa: S108  # it is only named
+        raise RoleError(
+            f"no place for temporary files: {place} cannot be written to, or is full; "
+            "mount an emptyDir with free space there"
+        ) from error
+    with made:
+        yield Path(made.name)
+
+
 def _digest_remote(store: Store) -> str:
-    with tempfile.TemporaryDirectory() as directory:
-        local = Path(directory, MODEL_FILE)
+    with scratch() as directory:
+        local = directory / MODEL_FILE
         store.download(MODEL_FILE, str(local))
         return hashlib.sha256(local.read_bytes()).hexdigest()
 

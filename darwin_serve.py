@@ -41,7 +41,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -53,6 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+import darwin_disk
 import darwin_fetch
 import darwin_manifest
 import darwin_memory
@@ -287,7 +287,10 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
 def fetch(settings: Settings, directory: Path) -> None:
     """Download a model that has only a URI to `directory`. Raises `RoleError`."""
     if settings.model_path is None:
-        darwin_transfer.fetch_model(settings.model_uri, directory)
+        try:
+            darwin_transfer.fetch_model(settings.model_uri, directory)
+        except OSError as error:
+            raise RoleError(f"cannot put {settings.model_uri} on disk: {darwin_disk.explain(error)}") from error
 
 
 def load(settings: Settings, directory: Path) -> Model:
@@ -363,8 +366,9 @@ def serve(read: Reader, redact: Redactor) -> None:
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
     share_cpus(settings.workers, cpu_limit(), os.environ)
-    with temporary_directory(settings) as directory:
-        (serve_alone if settings.workers == 1 else serve_together)(settings, Path(directory))
+    downloaded = contextlib.nullcontext(Path()) if settings.model_path else darwin_fetch.scratch()
+    with downloaded as directory:
+        (serve_alone if settings.workers == 1 else serve_together)(settings, directory)
     logger.info("stopped")
 
 
@@ -384,15 +388,6 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
     with bind(settings.host, settings.port) as listener:
         logger.info("listening on http://%s", _address(settings.host, listener.getsockname()[1]))
         yield listener
-
-
-@contextlib.contextmanager
-def temporary_directory(settings: Settings) -> Iterator[str]:
-    if settings.model_path is not None:
-        yield ""
-        return
-    with tempfile.TemporaryDirectory(prefix="darwin-model-", ignore_cleanup_errors=True) as directory:
-        yield directory
 
 
 def main(environ: Mapping[str, str] = os.environ) -> int:

@@ -11,6 +11,7 @@ Exit codes: 0 the model is there; 1 it is not, trying again may help; 2 the sett
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -306,7 +307,9 @@ def _make_output(output: Path) -> None:
     except OSError as error:
         raise RoleError(f"cannot create OUTPUT_PATH {output} ({error.strerror}); mount a volume there") from error
     if not writable:
-        raise RoleError(f"cannot write to OUTPUT_PATH {output} as user {os.getuid()}; mount a writable volume there")
+        number = errno.EROFS if os.statvfs(output).f_flag & os.ST_RDONLY else errno.EACCES
+        why = darwin_disk.explain(OSError(number, os.strerror(number), str(output)))
+        raise RoleError(f"cannot write to OUTPUT_PATH: {why}")
 
 
 def _manifest(source: Source, transfer: Transfer) -> Manifest:

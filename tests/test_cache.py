@@ -281,6 +281,17 @@ def test_what_nobody_shows_to_be_alive_is_inherited_by_whoever_comes(
     assert [path.name for path in (cache.stage(KEY, lock) / "model").iterdir()] == ["MLmodel"]
 
 
+def test_what_was_staged_is_inherited_from_one_that_died_inheriting(cache: Cache) -> None:
+    lock = cache.try_lock(KEY, "one")
+    assert isinstance(lock, Lock)
+    (darwin_cache.model_of(cache.stage(KEY, lock)) / "MLmodel").touch()
+    lock.path.rename(darwin_disk.temporary(lock.path))
+    heir = cache.try_lock(KEY, "two")
+    assert isinstance(heir, Lock)
+    assert [path.name for path in darwin_cache.model_of(cache.stage(KEY, heir)).iterdir()] == ["MLmodel"]
+    assert [path.name for path in (cache.root / ".locks").iterdir()] == [KEY]
+
+
 def test_staging_with_a_planted_link_is_not_inherited(cache: Cache, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

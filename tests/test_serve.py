@@ -762,8 +762,8 @@ def test_from_a_uri(tmp_path: Path) -> None:
     source = Path(shutil.copytree(model_path("one_column"), tmp_path / "somewhere"))
     with serving(MLFLOW_MODEL_URI=source, TMPDIR=tmp_path) as served:
         assert served.post("/predict", {"features": {"text": "x"}}).status_code == 200
-        assert list(tmp_path.glob("darwin-model-*"))
-    assert not list(tmp_path.glob("darwin-model-*"))
+        assert list(tmp_path.glob("darwin-*"))
+    assert not list(tmp_path.glob("darwin-*"))
 
 
 def test_importing_has_no_side_effect_and_does_not_import_mlflow() -> None:

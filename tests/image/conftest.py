@@ -18,7 +18,7 @@ from tests.registry import log_model
 
 IMAGE = "localhost:5000/serve-md-runtime:latest"
 
-# What the manifests in deploy/ call the MLflow server, and an address apart from the registry's, whose port is the same.
+# What the manifests in deploy/ call the MLflow server; its address is not the registry's, for the port is the same.
 MLFLOW = {"mlflow": "127.0.0.2"}
 
 

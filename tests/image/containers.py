@@ -126,8 +126,8 @@ class Pod:
 class Node:
     """Runs pods of parsed manifests. `claims` and `configmaps` are directories by name; `hosts` name -> address.
 
-    Volumes lie where the kubelet has them, owned as `fsGroup` says; a field that is not known here is an error rather
-    than ignored, so that no line of a manifest goes untried by accident.
+    Volumes lie where the kubelet has them, owned as `fsGroup` says. Kinds of volumes and variables that are not known
+    here are errors.
     """
 
     directory: Path
@@ -155,7 +155,7 @@ class Node:
             yield pod
 
     def wait_ready(self, pod: Pod, deadline: float = 120) -> None:
-        """Wait as the kubelet does: until the startup probe, or else the readiness probe, succeeds; then ask the others."""
+        """Wait until the startup probe, or else the readiness probe, succeeds; then ask the other probes."""
         [main] = pod.manifest["spec"]["containers"]
         first = "startupProbe" if "startupProbe" in main else "readinessProbe"
         pod.server.wait_ready(self._probe(main, first), deadline)
@@ -202,9 +202,8 @@ class Node:
         return pod, volumes
 
     def _volume(self, pod: Pod, volume: Manifest) -> Path:
-        name = volume["name"]
         match volume:
-            case {"emptyDir": _}:
+            case {"emptyDir": _, "name": str(name)}:
                 path = pod.directory / "volumes" / "kubernetes.io~empty-dir" / name
                 path.mkdir(parents=True)
                 path.chmod(0o777)
