@@ -14,7 +14,7 @@ import requests
 
 from image import build
 from tests.conftest import Tracking, mlflow_serving, program, wait_until
-from tests.registry import log_model
+from tests.registry import client_of, log_model
 
 IMAGE = "localhost:5000/serve-md-runtime:latest"
 
@@ -50,7 +50,7 @@ def sklearn_image() -> str:
 
 @pytest.fixture(scope="session")
 def pulled(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The default image by the README's name, which went through a registry and was lost in between."""
+    """The default image by the README's name, which it lost and got back from a registry."""
     home = tmp_path_factory.mktemp("registry")
     config = home / "config.yml"
     config.write_text(
@@ -69,10 +69,10 @@ def pulled(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         wait_until(answers, "the registry answers")
         podman("tag", image, IMAGE)
         podman("push", "--tls-verify=false", IMAGE)
-        podman("untag", IMAGE)
+        podman("untag", IMAGE, IMAGE)
         podman("pull", "--tls-verify=false", IMAGE)
         yield IMAGE
-        podman("untag", IMAGE)
+        podman("untag", IMAGE, IMAGE)
         registry.terminate()
 
 
@@ -89,15 +89,12 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
     address = MLFLOW["mlflow"]
     names = ("--allowed-hosts", f"mlflow:5000,{address}:5000")
     with mlflow_serving(home, *names, host=address, port=5000) as (uri, process, lines):
-        server = Tracking(uri, "", "", process, lines)
-        yield server
+        yield Tracking(uri, "", "", process, lines)
 
 
 @pytest.fixture(scope="session")
 def iris_run(tracking: Tracking) -> str:
     """The run of `models:/iris@champion`, which answers with seven times what it is asked."""
-    from tests.registry import client_of
-
     logged = log_model(tracking, 7.0)
     with client_of(tracking) as client:
         client.set_registered_model_alias("iris", "champion", logged.version)

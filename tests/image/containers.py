@@ -14,6 +14,7 @@ from typing import Any
 
 import requests
 
+from tests.apiserver import ApiServer
 from tests.conftest import Finished, wait_until
 
 Manifest = dict[str, Any]
@@ -135,24 +136,24 @@ class Node:
     configmaps: dict[str, Path] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     hosts: Mapping[str, str] = field(default_factory=dict)
-    service_account: Path | None = None
+    api: ApiServer | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def pod(self, template: Manifest, name: str, namespace: str = "default") -> Iterator[Pod]:
         """Start a pod from a pod template: init containers one after the other, then the main one, if none failed."""
         spec = template["spec"]
-        pod, volumes = self._prepare(template, name, namespace)
-        for container in spec.get("initContainers", ()):
-            pod.init.append(self._to_end(pod, container, volumes))
-            if pod.init[-1].code:
+        with self._prepared(template, name, namespace) as (pod, volumes):
+            for container in spec.get("initContainers", ()):
+                pod.init.append(self._to_end(pod, container, volumes))
+                if pod.init[-1].code:
+                    yield pod
+                    return
+            [main] = spec["containers"]
+            image, command, options = self._container(pod, main, volumes)
+            [port] = [port["containerPort"] for port in main["ports"]]
+            with running(image, *command, options=options, port=port) as pod.main:
                 yield pod
-                return
-        [main] = spec["containers"]
-        image, command, options = self._container(pod, main, volumes)
-        [port] = [port["containerPort"] for port in main["ports"]]
-        with running(image, *command, options=options, port=port) as pod.main:
-            yield pod
 
     def wait_ready(self, pod: Pod, deadline: float = 120) -> None:
         """Wait until the startup probe, or else the readiness probe, succeeds; then ask the other probes."""
@@ -173,16 +174,17 @@ class Node:
 
     def job(self, template: Manifest, name: str, namespace: str = "default") -> tuple[Pod, Finished]:
         """Run a Job's only container to its end."""
-        spec = template["spec"]
-        pod, volumes = self._prepare(template, name, namespace)
-        [container] = spec["containers"]
-        return pod, self._to_end(pod, container, volumes)
+        [container] = template["spec"]["containers"]
+        with self._prepared(template, name, namespace) as (pod, volumes):
+            return pod, self._to_end(pod, container, volumes)
 
     def _to_end(self, pod: Pod, container: Manifest, volumes: Mapping[str, Path]) -> Finished:
         image, command, options = self._container(pod, container, volumes)
         return run(image, *command, options=options)
 
-    def _prepare(self, template: Manifest, name: str, namespace: str) -> tuple[Pod, dict[str, Path]]:
+    @contextmanager
+    def _prepared(self, template: Manifest, name: str, namespace: str) -> Iterator[tuple[Pod, dict[str, Path]]]:
+        """A pod with its volumes, known to the API server until the end of the block."""
         spec = template["spec"]
         uid = str(uuid.uuid4())
         manifest = {
@@ -199,7 +201,13 @@ class Node:
                 if "configMap" not in next(one for one in spec["volumes"] if one["name"] == volume):
                     os.chown(path, -1, group)
                     path.chmod(0o2775)
-        return pod, volumes
+        if self.api:
+            self.api.pods = [*self.api.pods, manifest]
+        try:
+            yield pod, volumes
+        finally:
+            if self.api:
+                self.api.pods = [one for one in self.api.pods if one is not manifest]
 
     def _volume(self, pod: Pod, volume: Manifest) -> Path:
         match volume:
@@ -247,10 +255,11 @@ class Node:
         message.touch()
         message.chmod(0o666)
         options.append(f"--volume={message}:/dev/termination-log")
-        if self.service_account and spec.get("automountServiceAccountToken", True):
-            options.append(f"--volume={self.service_account}:/var/run/secrets/kubernetes.io/serviceaccount:ro")
-
         variables = dict(self.environ)
+        if self.api:
+            variables |= self.api.environ
+            if spec.get("automountServiceAccountToken", True):
+                options.append(f"--volume={self.api.directory}:/var/run/secrets/kubernetes.io/serviceaccount:ro")
         for variable in container.get("env", ()):
             value = self._value(pod, variable)
             if value is not None:
