@@ -77,14 +77,14 @@ bench: $(READY)  ## Compare with other servers on two cores, about an hour; ARGS
 	$(BIN)/python -m bench $(ARGS)
 
 lock: $(READY)  ## Pin and hash dependencies, keeping what is pinned already; UPGRADE=1 takes the newest that pyproject.toml allows
-	$(BIN)/pip install --quiet --disable-pip-version-check uv
 	$(COMPILE) pyproject.toml $(addprefix --extra ,$(TESTED)) --group dev -o requirements/dev.txt
-	$(COMPILE) pyproject.toml -c requirements/dev.txt -o requirements/runtime.txt
+	$(call without,databricks-sdk) -o requirements/runtime.txt
 	for flavor in $(TESTED) $(UNTESTED); do \
-	  printf '%s\n' $(WITHOUT) | $(COMPILE) pyproject.toml --extra $$flavor -c requirements/dev.txt \
-	    --excludes /dev/stdin -o requirements/$$flavor.txt || exit 1; done
+	  $(call without,databricks-sdk) --extra $$flavor -o requirements/$$flavor.txt || exit 1; done
+	$(call without) --extra databricks -o requirements/databricks.txt
 	$(COMPILE) --group sbom -o requirements/sbom.txt
-	$(BIN)/python -m bench.lock
+	$(BIN)/python -m bench.lock $(if $(UPGRADE),--upgrade)
+	for peer in original mlflow; do $(COMPILE) image/peers/$$peer.in -o image/peers/$$peer.txt || exit 1; done
 	$(COMPILE) tests/clients/kserve.in -o tests/clients/kserve.txt
 
 # The runtime and the flavors get the versions that the tests ran with. The untested are too large for every change.
@@ -92,8 +92,10 @@ TESTED := sklearn lightgbm xgboost catboost
 UNTESTED := onnx pytorch tensorflow
 COMPILE := $(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.10 --generate-hashes \
   --no-annotate --no-header
-# CatBoost asks for its plotting libraries, and imports them only to plot.
-WITHOUT := graphviz matplotlib plotly
+# What packages ask for and import only where it is not needed here: CatBoost to plot, MLflow to look into git
+# repositories and to talk to Databricks, which has a flavor of its own.
+without = printf '%s\n' graphviz matplotlib plotly gitpython $(1) | \
+  $(COMPILE) pyproject.toml -c requirements/dev.txt --excludes /dev/stdin
 
 clean:  ## Remove everything that make made
 	rm -rf $(VENV) $(STORE) build wheelhouse/*.whl .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -450,8 +450,11 @@ def explain(error: Exception, uri: str) -> RoleError:
     cause = chain[-1]
     reason = f"{type(cause).__name__}: {cause}"
     if isinstance(cause, ModuleNotFoundError):
+        databricks = str(cause.name).partition(".")[0] == "databricks"
+        brings = "databricks among its FLAVORS" if databricks else "MODEL_REQUIREMENTS that list what brings it"
         return RoleError(
-            f"cannot read {uri}: its store needs the Python package {cause.name!r}, which is not installed"
+            f"cannot read {uri}: its store needs the Python package {cause.name!r}, which is not installed: "
+            f"build the image with {brings}"
         )
     if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
         hint = "the server's certificate is not trusted: check the URI, or set REQUESTS_CA_BUNDLE to its CA"

@@ -35,6 +35,7 @@ DATA_KEYS = ("data", "model_path", "pickled_model", "model_data", "model_binary"
 PACKAGES = {
     "PIL": "pillow",
     "cv2": "opencv-python",
+    "databricks": "databricks-sdk",
     "google": "protobuf",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
@@ -43,6 +44,7 @@ PACKAGES = {
 # The flavor of the image that brings a library: what FLAVORS, the Dockerfile's argument, is to name.
 FLAVORS = {
     "catboost": "catboost",
+    "databricks-sdk": "databricks",
     "keras": "tensorflow",
     "lightgbm": "lightgbm",
     "onnx": "onnx",

@@ -1,5 +1,7 @@
 """Pin and hash what each peer needs: `python -m bench.lock` makes bench/requirements/*.txt from the *.in beside them.
 
+What is pinned already stays, unless `--upgrade` is given.
+
 The libraries that models are made of get the versions of requirements/, so that every server loads the same files.
 """
 
@@ -45,7 +47,7 @@ def _uv() -> str:
 
 
 def main() -> None:
-    options = ["--quiet", "--upgrade", "--universal", "--python-version", "3.10", "--generate-hashes"]
+    options = [*sys.argv[1:], "--quiet", "--universal", "--python-version", "3.10", "--generate-hashes"]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write("\n".join(_pins()) + "\n")
         constraints.flush()

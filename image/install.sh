@@ -34,10 +34,13 @@ if [ -n "${MODEL_REQUIREMENTS:-}" ]; then
     if grep -qiE '^xgboost([^a-z0-9-]|$)' model.txt; then
         pip uninstall --yes --quiet xgboost-cpu
     fi
-    # What is there takes part, so that what no longer fits together is an error. CatBoost's plotting was left out.
-    pip list --format=freeze | sed -n '/^catboost=/!s/==.*//p' > present.txt
+    # What is there takes part, so that what no longer fits together is an error: by name, and where something that a
+    # package asks for was left out on purpose (`make lock`), by what it asks for of the rest.
+    pip list --format=freeze | sed -n '/^catboost=/d; /^mlflow-skinny=/d; s/==.*//p' > present.txt
+    cat /venv/lib/python3*/site-packages/catboost-*/METADATA /venv/lib/python3*/site-packages/mlflow_skinny-*/METADATA \
+        2> /dev/null | sed -n '/; *extra/d; s/^Requires-Dist: //p' > asked.txt
     # shellcheck disable=SC2086
-    pip install ${wheels} -r model.txt -r present.txt
+    pip install ${wheels} -r model.txt -r present.txt -c asked.txt
 fi
 
 cd /venv/lib/python3*/site-packages
@@ -45,6 +48,8 @@ cd /venv/lib/python3*/site-packages
 for library in numpy pandas scipy sklearn; do
     if [ -d "${library}" ]; then find "${library}" -type d -name tests -prune -exec rm -r {} +; fi
 done
+# MLflow asks whether there is a databricks.agents, and is not prepared for there being no databricks to look into.
+mkdir -p databricks
 # LightGBM's wheel counts on the system's OpenMP library, which slim images lack. scikit-learn's brings it along;
 # sharing that one also keeps two thread pools from fighting over the CPU.
 for library in "${PWD}"/scikit_learn.libs/libgomp*.so*; do

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WHEELHOUSE = ROOT / "wheelhouse"
 
-# What image/install.sh leaves out.
-_LEFT_OUT = ("mlflow", "graphviz", "matplotlib", "plotly")
+# What is not installed with a model's requirements though something asks for it: see image/install.sh, `make lock`.
+_LEFT_OUT = ("mlflow", "graphviz", "matplotlib", "plotly", "gitpython", "databricks-sdk")
 
 # The newest glibc whose wheels are taken: Debian 12's, on which the official slim images are built.
 _GLIBC_MINOR = 36

@@ -172,6 +172,19 @@ def test_a_library_that_is_not_in_the_image(sklearn_image: str, served: Any, tmp
     assert message.read_text().strip() in done.last
 
 
+def test_databricks_is_a_flavor_that_is_named(image: str) -> None:
+    settings = {
+        "MODEL_URI": "models:/iris/1",
+        "MLFLOW_TRACKING_URI": "databricks",
+        "DATABRICKS_HOST": "https://127.0.0.1",
+    }
+    done = run(
+        image, "python", "/app/download.py", MAX_RETRIES=0, DATABRICKS_TOKEN="x", OUTPUT_PATH="/tmp/o", **settings
+    )
+    assert done.code == 1
+    assert done.last.endswith("build the image with databricks among its FLAVORS")
+
+
 def test_a_model_of_another_python_is_told_before_it_is_unpickled(image: str, served: Any, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(served("params"), path)
