@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 
 import cleanup
 import darwin_model
+import darwin_transfer
 import download
 from darwin_env import Reader
 from tests.conftest import ROOT
@@ -388,6 +389,13 @@ def test_the_service_leads_to_the_pods(file: str) -> None:
 def test_a_prediction_under_way_can_end(file: str) -> None:
     timeout = read_by("main")["MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"]
     assert pod(file)["terminationGracePeriodSeconds"] > float(timeout or "nan")
+
+
+@pytest.mark.parametrize("file", SERVING)
+def test_a_rollout_fails_only_when_a_pod_has(file: str) -> None:
+    probe = serving(file)[1]["startupProbe"]
+    deadline = manifest(file, "Deployment")["spec"]["progressDeadlineSeconds"]
+    assert deadline > darwin_transfer.TIMEOUT_SECONDS + probe["periodSeconds"] * probe["failureThreshold"]
 
 
 @pytest.mark.parametrize("container", EVERY_CONTAINER)
