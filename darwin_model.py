@@ -36,7 +36,6 @@ PACKAGES = {
     "PIL": "pillow",
     "cv2": "opencv-python",
     "databricks": "databricks-sdk",
-    "google": "protobuf",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
@@ -60,7 +59,7 @@ FLAVORS = {
 SERVING = {"_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true"}
 
 # The same library under another name, without what a server does not need.
-SAME_LIBRARY = {"mlflow": "mlflow-skinny", "xgboost": "xgboost-cpu"}
+SAME_LIBRARY = {"mlflow": "mlflow-skinny", "tensorflow": "tensorflow-cpu", "xgboost": "xgboost-cpu"}
 
 # MLflow quotes the whole input in some messages.
 MAX_MESSAGE = 2000

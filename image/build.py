@@ -27,7 +27,15 @@ def build(tag: str, *options: str, context: Path = ROOT, **arguments: str) -> st
     Raises `RuntimeError` with what the build wrote when it fails.
     """
     told = [f"--build-arg={name}={value}" for name, value in ({"BASE_IMAGE": base()} | arguments).items()]
-    command = ["buildah", "bud", "--isolation=chroot", "--network=host", "--layers", f"--timestamp={TIMESTAMP}"]
+    command = [
+        "buildah",
+        "bud",
+        "--isolation=chroot",
+        "--network=host",
+        "--layers",
+        "--force-rm",
+        f"--timestamp={TIMESTAMP}",
+    ]
     done = subprocess.run(
         [*command, *told, *options, f"--tag={tag}", str(context)], capture_output=True, text=True, check=False
     )

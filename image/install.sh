@@ -13,6 +13,7 @@ pip() {
 wheels="--no-compile --only-binary=:all: --progress-bar=off"
 
 if ls wheelhouse/*.whl > /dev/null 2>&1; then
+    echo "wheelhouse/ has wheels, so nothing is taken from an index; empty it, or fill it anew with make wheelhouse"
     export PIP_NO_INDEX=1 PIP_FIND_LINKS=/build/wheelhouse
 fi
 
@@ -27,12 +28,28 @@ done
 # shellcheck disable=SC2086  # they are several words
 pip install ${wheels} --require-hashes --no-deps ${locks}
 
+# The lines of the model's list that name one of these packages, or with -v all others.
+lines() {
+    grep -iE "$@" requirements/.joined.txt || [ $? = 1 ]
+}
+
 if [ -n "${MODEL_REQUIREMENTS:-}" ]; then
-    # The image's own MLflow serves the model, whichever version logged it.
-    grep -viE '^mlflow(-skinny)?([^a-z0-9-]|$)' "${MODEL_REQUIREMENTS}" > model.txt || true
-    # XGBoost's builds with and without CUDA are the same files under two names.
-    if grep -qiE '^xgboost([^a-z0-9-]|$)' model.txt; then
-        pip uninstall --yes --quiet xgboost-cpu
+    if [ ! -f "${MODEL_REQUIREMENTS}" ]; then
+        echo "there is no MODEL_REQUIREMENTS=${MODEL_REQUIREMENTS}: copy the file to requirements/" >&2
+        exit 1
+    fi
+    # Beside the others, as it may name them. One requirement a line, however it was written.
+    sed -e 's/\r$//' -e ':more' -e '/\\$/{N; s/\\\n//; b more' -e '}' "${MODEL_REQUIREMENTS}" > requirements/.joined.txt
+    # CatBoost without what it asks for, as in its lock. The image's own MLflow serves the model, whichever logged it.
+    lines '^catboost([^a-z0-9-]|$)' > requirements/.alone.txt
+    lines -v '^(mlflow|mlflow-skinny|catboost)([^a-z0-9-]|$)' > requirements/.model.txt
+    # These have builds without CUDA by another name, which are the same files.
+    for library in xgboost tensorflow; do
+        if [ -n "$(lines "^${library}([^a-z0-9-]|$)")" ]; then pip uninstall --yes --quiet "${library}-cpu"; fi
+    done
+    if [ -s requirements/.alone.txt ]; then
+        # shellcheck disable=SC2086
+        pip install ${wheels} --no-deps -r requirements/.alone.txt
     fi
     # What is there takes part, so that what no longer fits together is an error: by name, and where something that a
     # package asks for was left out on purpose (`make lock`), by what it asks for of the rest.
@@ -40,7 +57,7 @@ if [ -n "${MODEL_REQUIREMENTS:-}" ]; then
     cat /venv/lib/python3*/site-packages/catboost-*/METADATA /venv/lib/python3*/site-packages/mlflow_skinny-*/METADATA \
         2> /dev/null | sed -n '/; *extra/d; s/^Requires-Dist: //p' > asked.txt
     # shellcheck disable=SC2086
-    pip install ${wheels} -r model.txt -r present.txt -c asked.txt
+    pip install ${wheels} -r requirements/.model.txt -r present.txt -c asked.txt
 fi
 
 cd /venv/lib/python3*/site-packages
@@ -55,3 +72,7 @@ mkdir -p databricks
 for library in "${PWD}"/scikit_learn.libs/libgomp*.so*; do
     if [ -e "${library}" ]; then ln -s "${library}" /venv/lib/libgomp.so.1; fi
 done
+if [ -d lightgbm ] && [ ! -e /venv/lib/libgomp.so.1 ]; then
+    echo "LightGBM needs the OpenMP library that scikit-learn brings: add sklearn to FLAVORS, or scikit-learn to the list" >&2
+    exit 1
+fi

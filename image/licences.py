@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import Distribution, distributions
+from pathlib import Path
 
 
 def licence(package: Distribution) -> str:
@@ -14,7 +15,8 @@ def licence(package: Distribution) -> str:
     if named := [parts[-1] for parts in classifiers if parts[-1] != "OSI Approved"]:
         return ", ".join(named)
     files = [file for file in package.files or () if file.name.upper().startswith(("LICENSE", "LICENCE"))]
-    texts = [str(told.get("license", "")), *(file.read_text() for file in files)]
+    there = (Path(str(file.locate())) for file in files)
+    texts = [str(told.get("license", "")), *(path.read_text(errors="replace") for path in there if path.is_file())]
     return next((text.strip().partition("\n")[0] for text in texts if text), "unknown")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
 import subprocess
@@ -10,12 +11,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 WHEELHOUSE = ROOT / "wheelhouse"
 
-# What is not installed with a model's requirements though something asks for it: see image/install.sh, `make lock`.
-_LEFT_OUT = ("mlflow", "graphviz", "matplotlib", "plotly", "gitpython", "databricks-sdk")
+# What image/install.sh does not resolve with a model's requirements, as something they ask for was left out on purpose.
+_APART = ("mlflow", "mlflow-skinny", "catboost")
 
 # The newest glibc whose wheels are taken: Debian 12's, on which the official slim images are built.
 _GLIBC_MINOR = 36
@@ -26,6 +28,12 @@ def _default(argument: str) -> str:
     found = re.search(rf'^ARG {argument}="?([^"\n]*)', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert found
     return found[1]
+
+
+def _run(command: Sequence[str | Path], **options: Any) -> None:
+    """Run it; where it fails it has said why, and so this ends."""
+    if code := subprocess.run(command, check=False, **options).returncode:
+        sys.exit(code)
 
 
 class Target:
@@ -40,7 +48,8 @@ class Target:
         uv = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--generate-hashes", *options]
         target = ["--python-version", self._python, "--python-platform", f"{self._machine}-manylinux_2_{_GLIBC_MINOR}"]
         command: list[str | Path] = [*uv, *target, *sources, "--output-file", into]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        index = {"UV_DEFAULT_INDEX": os.environ["PIP_INDEX_URL"]} if os.environ.get("PIP_INDEX_URL") else {}
+        _run(command, stdout=subprocess.DEVNULL, env={**os.environ, **index})
         return into
 
     def download(self, pins: Path) -> None:
@@ -49,26 +58,43 @@ class Target:
         kinds = ["manylinux2014", *(f"manylinux_2_{minor}" for minor in range(17, _GLIBC_MINOR + 1))]
         tags = [f"--platform={kind}_{self._machine}" for kind in kinds]
         which = ["--only-binary=:all:", f"--python-version={self._python}", "--implementation=cp", *tags]
-        subprocess.run([*pip, "--require-hashes", *which, "--dest", WHEELHOUSE, "--requirement", pins], check=True)
+        _run([*pip, "--require-hashes", *which, "--dest", WHEELHOUSE, "--requirement", pins])
 
 
 def gather(target: Target, flavors: Sequence[str], model: Path | None) -> None:
     """Fill the wheelhouse with the locked packages of `flavors`, and what the requirements of a `model` change."""
     locks = [ROOT / "requirements" / f"{name}.txt" for name in ("runtime", *flavors)]
-    if unknown := [lock for lock in locks if not lock.exists()]:
-        sys.exit(f"there is no flavor {unknown[0].stem}")
-    for old in WHEELHOUSE.glob("*.whl"):
-        old.unlink()
+    if missing := [path for path in (*locks, *([model] if model else ())) if not path.is_file()]:
+        sys.exit(f"there is no {missing[0]}")
     with tempfile.TemporaryDirectory() as directory:
-        pins = target.pins(Path(directory, "image.txt"), locks, "--no-deps")
-        target.download(pins)
-        target.download(target.pins(Path(directory, "sbom.txt"), [ROOT / "requirements" / "sbom.txt"], "--no-deps"))
+        place = Path(directory)
+        found = [
+            target.pins(place / "image.txt", locks, "--no-deps"),
+            target.pins(place / "sbom.txt", [ROOT / "requirements" / "sbom.txt"], "--no-deps"),
+        ]
         if model:
-            present = Path(directory, "present.in")
-            present.write_text("\n".join(re.findall(r"^([\w.-]+)==", pins.read_text(), re.MULTILINE)))
-            excludes = Path(directory, "excludes")
-            excludes.write_text("\n".join(_LEFT_OUT))
-            target.download(target.pins(pins, [model, present], "--only-binary=:all:", f"--excludes={excludes}"))
+            locked = found[0].read_text()
+            present = place / "present.in"
+            names = set(re.findall(r"^([\w.-]+)==", locked, re.MULTILINE)) - set(_APART)
+            present.write_text("\n".join(sorted(names)))
+            apart, alone = place / "apart", place / "alone.in"
+            apart.write_text("\n".join(_APART))
+            alone.write_text("\n".join(re.findall(r"^catboost\b.*", model.read_text(), re.MULTILINE | re.IGNORECASE)))
+            found.append(target.pins(place / "alone.txt", [alone], "--no-deps"))
+            # What is locked is preferred, and other indexes that the list names count like the first, as with pip.
+            preferred = place / "model.txt"
+            preferred.write_text(locked)
+            options = (
+                f"--excludes={apart}",
+                "--index-strategy=unsafe-best-match",
+                "--emit-index-url",
+                "--emit-find-links",
+            )
+            found.append(target.pins(preferred, [model, present], "--only-binary=:all:", *options))
+        for old in WHEELHOUSE.glob("*.whl"):
+            old.unlink()
+        for pins in found:
+            target.download(pins)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,31 +77,52 @@ def test_the_same_inputs_give_the_same_image(image: str, tmp_path: Path) -> None
     assert identity == build.inspect(image, "{{.Id}}")
 
 
-def test_a_models_own_requirements_win(sklearn_image: str) -> None:
+@contextmanager
+def given(**files: str) -> Iterator[str]:
+    """MODEL_REQUIREMENTS, while these files are in requirements/; the first is the list."""
+    paths = [ROOT / "requirements" / f"{name}.txt" for name in files]
+    try:
+        for path, text in zip(paths, files.values(), strict=True):
+            path.write_text(text)
+        yield str(paths[0].relative_to(ROOT))
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def test_a_models_own_requirements_win(image: str) -> None:
     tag = "localhost/darwin-test:model"
-    lock = (ROOT / "tests" / "image" / "requirements.txt").read_text()
-    context_file = ROOT / "requirements" / "a-model-of-the-tests.txt"
-    context_file.write_text(lock)
-    try:
-        build.build(tag, FLAVORS="sklearn", MODEL_REQUIREMENTS=f"requirements/{context_file.name}")
-    finally:
-        context_file.unlink()
-    before, after = packages(sklearn_image), packages(tag)
-    assert before["joblib"] != "1.5.2"
-    # MLflow stays ours.
-    assert after == before | {"joblib": "1.5.2", "humanize": "4.13.0"}
+    here = Path(__file__).parent
+    texts = {
+        name: (here / f"{file}.txt").read_text()
+        for name, file in (("a-list", "requirements"), ("constraints", "constraints"))
+    }
+    texts["a-list"] = texts["a-list"].replace("\n", "\r\n")
+    with given(**texts) as path:
+        build.build(tag, MODEL_REQUIREMENTS=path)
+    before, after = packages(image), packages(tag)
+    changed = {"joblib": "1.5.2", "humanize": "4.13.0", "catboost": "1.2.8"}
+    assert not changed.items() & before.items()
+    # MLflow stays ours, and CatBoost comes without what only its plots need.
+    assert after == before | changed
 
 
-def test_requirements_that_do_not_fit_stop_the_build() -> None:
-    context_file = ROOT / "requirements" / "a-model-of-the-tests.txt"
-    context_file.write_text("joblib==0.1\n")
-    try:
-        with pytest.raises(RuntimeError, match=r"No matching distribution found for joblib==0\.1"):
-            build.build(
-                "localhost/darwin-test:none", FLAVORS="", MODEL_REQUIREMENTS=f"requirements/{context_file.name}"
-            )
-    finally:
-        context_file.unlink()
+@pytest.mark.parametrize(
+    ("text", "flavors", "says"),
+    [
+        ("joblib==0.1", "", r"No matching distribution found for joblib==0\.1"),
+        ("lightgbm", "", "LightGBM needs the OpenMP library that scikit-learn brings"),
+    ],
+    ids=["what does not exist", "LightGBM without OpenMP"],
+)
+def test_what_cannot_work_stops_the_build(text: str, flavors: str, says: str) -> None:
+    with given(**{"a-list": text}) as path, pytest.raises(RuntimeError, match=says):
+        build.build("localhost/darwin-test:none", FLAVORS=flavors, MODEL_REQUIREMENTS=path)
+
+
+def test_requirements_that_are_not_there_stop_the_build() -> None:
+    with pytest.raises(RuntimeError, match=r"there is no MODEL_REQUIREMENTS=model/requirements\.txt: copy the file"):
+        build.build("localhost/darwin-test:none", FLAVORS="", MODEL_REQUIREMENTS="model/requirements.txt")
 
 
 def test_an_unknown_flavor_stops_the_build_and_says_which_there_are() -> None:
