@@ -8,6 +8,7 @@ READY := $(VENV)/ready
 CLIENTS := build/clients/ready
 STORE := $(CURDIR)/.run
 BASE := build/base.tar
+STORAGE := build/storage.conf
 
 .DEFAULT_GOAL := help
 .PHONY: help setup clients run test test-all test-image image-report soak lint bench wheelhouse base-image lock clean
@@ -56,12 +57,19 @@ base-image: $(BASE)  ## Make build/base.tar, a base image from a Debian mirror, 
 $(BASE): image/base.sh
 	image/base.sh $@
 
+# Images that tests and the report make are none of the user's.
+$(STORAGE):
+	@mkdir -p $(@D)
+	printf '[storage]\ndriver = "overlay"\ngraphroot = "%s"\nrunroot = "/run/darwin-images"\n' $(CURDIR)/build/images > $@
+
+test-image image-report: export CONTAINERS_STORAGE_CONF := $(CURDIR)/$(STORAGE)
+
 # No network but loopback, of its own: whatever is built, pulled and asked there comes from this machine.
-test-image: $(READY) $(BASE)  ## Build the image, and run its roles as containers, as root, without a network; ARGS as for test
+test-image: $(READY) $(BASE) $(STORAGE)  ## Build the image, and run its roles as containers, as root, without a network; ARGS as for test
 	$(BIN)/python -m image.wheelhouse --model-requirements tests/image/requirements.txt
 	unshare --net sh -c 'ip link set lo up && exec $(BIN)/pytest tests/image $(ARGS)'
 
-image-report: $(READY) $(BASE)  ## Compare the image's size and packages with what others install, as root
+image-report: $(READY) $(BASE) $(STORAGE)  ## Compare the image's size and packages with what others install, as root
 	$(BIN)/python -m image.report
 
 soak: $(READY)  ## Run the cache's simulation for a million steps, STEPS and SEED say otherwise
