@@ -52,7 +52,6 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-import darwin_disk
 import darwin_fetch
 import darwin_manifest
 import darwin_memory
@@ -287,10 +286,7 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
 def fetch(settings: Settings, directory: Path) -> None:
     """Download a model that has only a URI to `directory`. Raises `RoleError`."""
     if settings.model_path is None:
-        try:
-            darwin_transfer.fetch_model(settings.model_uri, directory)
-        except OSError as error:
-            raise RoleError(f"cannot put {settings.model_uri} on disk: {darwin_disk.explain(error)}") from error
+        darwin_transfer.fetch_model(settings.model_uri, directory)
 
 
 def load(settings: Settings, directory: Path) -> Model:

@@ -124,14 +124,17 @@ def _settle(future: Future[T], action: Callable[[], T]) -> None:
 def fetch_model(uri: str, destination: Path) -> None:
     """Put the model at `uri` into the existing directory `destination`, `MLmodel` at its root, every file checked.
 
-    Raises `ConfigError` for a URI of no known form, `RoleError` when it can't be had.
+    Raises `ConfigError` for a URI of no known form, `RoleError` when it can't be had or put there.
     """
     if why := darwin_fetch.check_uri(uri):
         raise ConfigError([f"{uri!r} {why}"])
-    source = darwin_fetch.persist(lambda: darwin_fetch.resolve(uri), Retry())
     parts = destination / f"{darwin_fetch.RESERVED}parts"
-    Transfer(source, destination, parts, Retry(), Deadline(TIMEOUT_SECONDS)).run()
-    darwin_disk.remove_tree(parts)
+    try:
+        source = darwin_fetch.persist(lambda: darwin_fetch.resolve(uri), Retry())
+        Transfer(source, destination, parts, Retry(), Deadline(TIMEOUT_SECONDS)).run()
+        darwin_disk.remove_tree(parts)
+    except OSError as error:
+        raise RoleError(f"cannot put {uri} on disk: {darwin_disk.explain(error)}") from error
 
 
 class Transfer:

@@ -8,7 +8,6 @@ The libraries that models are made of get the versions of requirements/, so that
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,22 +37,15 @@ def _pins() -> list[str]:
     return sorted({found["pin"] for found in _PIN.finditer(text) if found["name"] in _SHARED})
 
 
-def _uv() -> str:
-    beside = Path(sys.executable).with_name("uv")
-    found = str(beside) if beside.exists() else shutil.which("uv")
-    if not found:
-        sys.exit("uv is needed: pip install uv")
-    return found
-
-
 def main() -> None:
+    uv = str(Path(sys.executable).with_name("uv"))
     options = [*sys.argv[1:], "--quiet", "--universal", "--python-version", "3.10", "--generate-hashes"]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write("\n".join(_pins()) + "\n")
         constraints.flush()
         for wanted in sorted((ROOT / "bench" / "requirements").glob("*.in")):
             made = wanted.with_suffix(".txt")
-            command = [_uv(), "pip", "compile", *options, "--no-annotate", "--no-header", "-c", constraints.name]
+            command = [uv, "pip", "compile", *options, "--no-annotate", "--no-header", "-c", constraints.name]
             subprocess.run([*command, wanted, "-o", made], check=True)
 
 

@@ -1,12 +1,14 @@
 #!/bin/sh
-# Installs into /venv what the image is to have; the Dockerfile runs it.
+# Installs into /venv what the image is to have, and beside pip what lists it (sbom.sh); the Dockerfile runs it.
 #
 # FLAVORS             model libraries, each a lock in requirements/
 # MODEL_REQUIREMENTS  a model's own list, whose versions win over the flavors'
 set -eu
 
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+
 pip() {
-    tool/bin/pip --python /venv/bin/python --disable-pip-version-check --no-cache-dir "$@"
+    tool/bin/pip --python /venv/bin/python "$@"
 }
 
 # Wheels only: slim images have no compiler, and nothing but what is asked for may run code here.
@@ -27,6 +29,8 @@ for flavor in ${FLAVORS}; do
 done
 # shellcheck disable=SC2086  # they are several words
 pip install ${wheels} --require-hashes --no-deps ${locks}
+# shellcheck disable=SC2086
+tool/bin/pip install ${wheels} --quiet --require-hashes --no-deps -r requirements/sbom.txt
 
 # The lines of the model's list that name one of these packages, or with -v all others.
 lines() {

@@ -6,6 +6,8 @@ Exits with 1 where a bar is missed.
 from __future__ import annotations
 
 import json
+import platform
+import re
 import shutil
 import statistics
 import sys
@@ -15,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 from image import build
+from image.wheelhouse import Target
 from tests.conftest import mlflow_serving
 from tests.image.containers import LOCKED, TMP, run
+from tests.registry import log_model
 
 PEERS = Path(__file__).parent / "peers"
 
@@ -81,19 +83,10 @@ _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def distributions(lock: Path, python: str) -> int:
-    """How many packages a lock installs on Linux for a minor version of Python."""
-    environment = {
-        "python_version": python,
-        "python_full_version": f"{python}.0",
-        "sys_platform": "linux",
-        "platform_system": "Linux",
-        "platform_machine": "x86_64",
-        "platform_python_implementation": "CPython",
-        "implementation_name": "cpython",
-    }
-    lines = [line.removesuffix("\\") for line in lock.read_text().splitlines() if line and line[0] not in " #"]
-    found = [Requirement(line) for line in lines]
-    return sum(one.marker is None or one.marker.evaluate(environment) for one in found)
+    """How many packages a lock installs on this kind of machine for a minor version of Python."""
+    with tempfile.TemporaryDirectory() as directory:
+        pins = Target(python, platform.machine()).pins(Path(directory, "pins.txt"), [lock], "--no-deps")
+        return len(re.findall(r"^[\w.-]+==", pins.read_text(), re.MULTILINE))
 
 
 _LIST = """
@@ -124,12 +117,9 @@ print(json.dumps(seconds))
 @contextmanager
 def registered() -> Iterator[str]:
     """A real MLflow server without authentication that has a model; its URI."""
-    from tests.conftest import Tracking
-    from tests.registry import log_model
-
-    with tempfile.TemporaryDirectory() as home, mlflow_serving(Path(home)) as (uri, process, lines):
-        log_model(Tracking(uri, "", "", process, lines), 2.0)
-        yield uri
+    with tempfile.TemporaryDirectory() as home, mlflow_serving(Path(home)) as tracking:
+        log_model(tracking, 2.0)
+        yield tracking.uri
 
 
 def starts(image: str) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ _APART = ("mlflow", "mlflow-skinny", "catboost")
 _GLIBC_MINOR = 36
 
 
-def _default(argument: str) -> str:
+def default(argument: str) -> str:
     """The default of one of the Dockerfile's arguments."""
     found = re.search(rf'^ARG {argument}="?([^"\n]*)', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert found
@@ -99,12 +99,12 @@ def gather(target: Target, flavors: Sequence[str], model: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m image.wheelhouse", description=__doc__)
-    base = _default("BASE_IMAGE")
+    base = default("BASE_IMAGE")
     parser.add_argument(
         "--python", default=re.sub(r"^python:(3\.\d+).*", r"\1", base), help="minor version (%(default)s)"
     )
     parser.add_argument("--machine", default=platform.machine(), help="x86_64 or aarch64 (%(default)s)")
-    parser.add_argument("--flavors", default=_default("FLAVORS"), help='as for the Dockerfile ("%(default)s")')
+    parser.add_argument("--flavors", default=default("FLAVORS"), help='as for the Dockerfile ("%(default)s")')
     parser.add_argument("--model-requirements", type=Path, metavar="FILE", help="a model's own requirements.txt")
     chosen = parser.parse_args()
     gather(Target(chosen.python, chosen.machine), chosen.flavors.split(), chosen.model_requirements)

@@ -162,22 +162,22 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
         f"database_uri = sqlite:///{home}/auth.db\nadmin_username = {username}\nadmin_password = {password}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
-    with mlflow_serving(home, "--app-name", "basic-auth") as (uri, process, lines):
-        yield Tracking(uri, username, password, process, lines)
+    with mlflow_serving(home, "--app-name", "basic-auth", username=username, password=password) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
     """The same without authentication, which takes the server a tenth of a second for each request."""
-    with mlflow_serving(tmp_path_factory.mktemp("open-server")) as (uri, process, lines):
-        yield Tracking(uri, "", "", process, lines)
+    with mlflow_serving(tmp_path_factory.mktemp("open-server")) as running:
+        yield running
 
 
 @contextmanager
 def mlflow_serving(
-    home: Path, *arguments: str, host: str = "127.0.0.1", port: int = 0
-) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
-    """The URI, the process and the log of an `mlflow server` that keeps everything in `home`."""
+    home: Path, *arguments: str, host: str = "127.0.0.1", port: int = 0, username: str = "", password: str = ""
+) -> Iterator[Tracking]:
+    """An `mlflow server` that keeps everything in `home`."""
     port = port or free_port()
     process = subprocess.Popen(
         [
@@ -210,7 +210,7 @@ def mlflow_serving(
 
     try:
         wait_until(healthy, "mlflow server", deadline=120)
-        yield uri, process, lines
+        yield Tracking(uri, username, password, process, lines)
     finally:
         # Its workers are in its own process group.
         os.killpg(process.pid, 15)

@@ -27,6 +27,7 @@ import darwin_model
 import darwin_transfer
 import download
 from darwin_env import Reader
+from image import wheelhouse
 from tests.conftest import ROOT
 from tests.settings import read_by
 
@@ -814,9 +815,7 @@ def flavors() -> list[str]:
 
 
 def default_flavors() -> list[str]:
-    default = re.search(r'^ARG FLAVORS="(.*)"$', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert default
-    return default[1].split()
+    return wheelhouse.default("FLAVORS").split()
 
 
 def locked(name: str) -> list[Requirement]:

@@ -88,8 +88,8 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
     home = tmp_path_factory.mktemp("mlflow")
     address = MLFLOW["mlflow"]
     names = ("--allowed-hosts", f"mlflow:5000,{address}:5000")
-    with mlflow_serving(home, *names, host=address, port=5000) as (uri, process, lines):
-        yield Tracking(uri, "", "", process, lines)
+    with mlflow_serving(home, *names, host=address, port=5000) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

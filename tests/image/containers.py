@@ -134,25 +134,24 @@ class Node:
     directory: Path
     claims: dict[str, Path] = field(default_factory=dict)
     configmaps: dict[str, Path] = field(default_factory=dict)
-    secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     hosts: Mapping[str, str] = field(default_factory=dict)
     api: ApiServer | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def pod(self, template: Manifest, name: str, namespace: str = "default") -> Iterator[Pod]:
+    def pod(self, template: Manifest, name: str) -> Iterator[Pod]:
         """Start a pod from a pod template: init containers one after the other, then the main one, if none failed."""
         spec = template["spec"]
-        with self._prepared(template, name, namespace) as (pod, volumes):
+        with self._prepared(template, name) as (pod, volumes):
             for container in spec.get("initContainers", ()):
                 pod.init.append(self._to_end(pod, container, volumes))
                 if pod.init[-1].code:
                     yield pod
                     return
             [main] = spec["containers"]
-            image, command, options = self._container(pod, main, volumes)
+            image, options = self._container(pod, main, volumes)
             [port] = [port["containerPort"] for port in main["ports"]]
-            with running(image, *command, options=options, port=port) as pod.main:
+            with running(image, options=options, port=port) as pod.main:
                 yield pod
 
     def wait_ready(self, pod: Pod, deadline: float = 120) -> None:
@@ -172,23 +171,23 @@ class Node:
         assert ports.get(probe["port"], probe["port"]) in ports.values()
         return str(probe["path"])
 
-    def job(self, template: Manifest, name: str, namespace: str = "default") -> tuple[Pod, Finished]:
+    def job(self, template: Manifest, name: str) -> Finished:
         """Run a Job's only container to its end."""
         [container] = template["spec"]["containers"]
-        with self._prepared(template, name, namespace) as (pod, volumes):
-            return pod, self._to_end(pod, container, volumes)
+        with self._prepared(template, name) as (pod, volumes):
+            return self._to_end(pod, container, volumes)
 
     def _to_end(self, pod: Pod, container: Manifest, volumes: Mapping[str, Path]) -> Finished:
-        image, command, options = self._container(pod, container, volumes)
-        return run(image, *command, options=options)
+        image, options = self._container(pod, container, volumes)
+        return run(image, options=options)
 
     @contextmanager
-    def _prepared(self, template: Manifest, name: str, namespace: str) -> Iterator[tuple[Pod, dict[str, Path]]]:
+    def _prepared(self, template: Manifest, name: str) -> Iterator[tuple[Pod, dict[str, Path]]]:
         """A pod with its volumes, known to the API server until the end of the block."""
         spec = template["spec"]
         uid = str(uuid.uuid4())
         manifest = {
-            "metadata": {**template.get("metadata", {}), "name": name, "namespace": namespace, "uid": uid},
+            "metadata": {**template.get("metadata", {}), "name": name, "namespace": "default", "uid": uid},
             "spec": spec,
             "status": {"phase": "Running"},
         }
@@ -223,10 +222,9 @@ class Node:
                 raise AssertionError(volume)
         return path
 
-    def _container(
-        self, pod: Pod, container: Manifest, volumes: Mapping[str, Path]
-    ) -> tuple[str, list[str], list[str]]:
-        """Image, command and podman's options."""
+    def _container(self, pod: Pod, container: Manifest, volumes: Mapping[str, Path]) -> tuple[str, list[str]]:
+        """Image, and podman's options."""
+        assert "args" not in container
         spec = pod.manifest["spec"]
         context = spec.get("securityContext", {}) | container.get("securityContext", {})
         options = [f"--hostname={pod.name}", *(f"--add-host={host}:{address}" for host, address in self.hosts.items())]
@@ -266,10 +264,9 @@ class Node:
                 variables[variable["name"]] = value
         options += _variables(variables)
 
-        command, arguments = container.get("command"), container.get("args")
-        if command:
-            options.append(f"--entrypoint={json.dumps(command)}")
-        return container["image"], list(arguments or ()), options
+        if container.get("command"):
+            options.append(f"--entrypoint={json.dumps(container['command'])}")
+        return container["image"], options
 
     def _value(self, pod: Pod, variable: Manifest) -> str | None:
         match variable:
@@ -277,6 +274,6 @@ class Node:
                 return value
             case {"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}:
                 return pod.name
-            case {"valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}:
-                return self.secrets.get(secret, {}).get(key)
+            case {"valueFrom": {"secretKeyRef": {"optional": True}}}:
+                return None  # there are no Secrets
         raise AssertionError(variable)

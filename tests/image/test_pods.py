@@ -71,7 +71,7 @@ def test_pvc_and_cleanup(node: Node) -> None:
     cache = node.claims["model-cache"]
 
     def clean(name: str) -> tuple[Finished, dict[str, Any]]:
-        _, done = node.job(pod_template("cleanup.yaml"), name)
+        done = node.job(pod_template("cleanup.yaml"), name)
         return done, json.loads(done.out)
 
     with node.pod(pod_template("pvc.yaml"), "model-server-1") as first:
@@ -156,7 +156,7 @@ def chart_logs_json(pod: Pod) -> list[Manifest]:
 
 @pytest.mark.parametrize("own_scripts", [True, False], ids=["its own scripts", "the image's"])
 def test_chart_pvc(node: Node, uri: str, own_scripts: bool) -> None:
-    _, done = node.job(chart.pvc_job(IMAGE, uri, own_scripts=own_scripts), "prewarm-1")
+    done = node.job(chart.pvc_job(IMAGE, uri, own_scripts=own_scripts), "prewarm-1")
     assert done.code == 0, done.err
     # The chart's own script puts `models:/` a level above where its wait looks: it would wait for ever.
     waits = not (own_scripts and uri.startswith("models:"))
@@ -169,7 +169,7 @@ def test_chart_pvc(node: Node, uri: str, own_scripts: bool) -> None:
 def test_chart_cleanup(node: Node) -> None:
     """Its CronJob, and a pod of its deployment, which names the model's key in its environment only."""
     uri = "models:/iris/1"
-    _, done = node.job(chart.pvc_job(IMAGE, uri, own_scripts=False), "prewarm-1")
+    done = node.job(chart.pvc_job(IMAGE, uri, own_scripts=False), "prewarm-1")
     assert done.code == 0, done.err
     template = pod_template("cleanup.yaml")
     [container] = template["spec"]["containers"]
@@ -181,8 +181,8 @@ def test_chart_cleanup(node: Node) -> None:
     ]
     with node.pod(chart.deployment(IMAGE, uri, "pvc", init=None), "serve-iris-1") as pod:
         check_answers(node, pod)
-        _, done = node.job(template, "cleanup-1")
+        done = node.job(template, "cleanup-1")
         assert done.code == 0, done.err
         assert json.loads(done.out)["removed"] == 0
-    _, done = node.job(template, "cleanup-2")
+    done = node.job(template, "cleanup-2")
     assert json.loads(done.out)["removed"] == 1, done.err
