@@ -33,31 +33,27 @@ class Bodies:
                 await self._discard(receive, int(declared[:15]))
             raise self._too_large()
         message = await receive()
-        if not message.get("more_body") and message["type"] == "http.request":
-            body: bytes = message.get("body", b"")
-            if len(body) > self.most:
-                raise self._too_large()
-            return body
+        if message["type"] == "http.request" and not message["more_body"] and len(message["body"]) <= self.most:
+            only: bytes = message["body"]
+            return only
         parts: list[bytes] = []
         size = held = 0
         try:
             while True:
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > self.most:
-                    parts.clear()
-                    await self._discard(receive, size)
-                    raise self._too_large()
+                parts.append(message["body"])
+                size += len(message["body"])
                 if size > SMALL_BYTES:
                     self.arriving += size - held
                     held = size
-                if self.arriving > LARGEST_AT_ONCE * self.most:
+                crowded = self.arriving > LARGEST_AT_ONCE * self.most
+                if size > self.most or crowded:
                     parts.clear()
-                    await self._discard(receive, size)
-                    raise Overloaded(1)
-                if not message.get("more_body"):
+                    if message["more_body"]:
+                        await self._discard(receive, size)
+                    raise Overloaded(1) if crowded else self._too_large()
+                if not message["more_body"]:
                     return b"".join(parts)
                 message = await receive()
         finally:
@@ -69,8 +65,8 @@ class Bodies:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            size += len(message.get("body", b""))
-            if not message.get("more_body"):
+            size += len(message["body"])
+            if not message["more_body"]:
                 return
 
     def _too_large(self) -> TooLarge:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +48,11 @@ class Bounds:
 
 
 class Refused(Exception):
-    """The head of a request is too large, or too many wait in one connection."""
+    """A request that is not even handed to the application; why is the message."""
+
+    def __init__(self, status: HTTPStatus, why: str) -> None:
+        super().__init__(why)
+        self.status = status
 
 
 class Door:
@@ -100,7 +106,7 @@ class Door:
         for connection in unread:
             if held > MOST_UNREAD_BYTES or now - connection.unread_since > self.bounds.send_seconds:
                 held -= connection.transport.get_write_buffer_size()
-                connection.transport.abort()
+                connection.reset()
         self._timer = None
         if self.connections:
             self._watch(loop)
@@ -118,6 +124,7 @@ class Connection(HttpToolsProtocol):
         self._awaited = 0.0
         self._head = 0
         self._in_head = True
+        self._deaf = False
 
     @property
     def idle(self) -> bool:
@@ -129,13 +136,13 @@ class Connection(HttpToolsProtocol):
         return self._awaited
 
     def is_late(self, now: float) -> bool:
-        """Whether a request has been arriving for too long. One whose body is awaited is the application's to time."""
+        """Whether a request has been arriving for too long."""
         if self.flow.read_paused:
             self._awaited = now  # it is we who do not read
-        arriving = self.cycle is None or self.cycle.response_complete
-        # Between requests a connection has the time that uvicorn gives it.
-        between = self.cycle is not None and not self._head and self._in_head
-        return arriving and not between and now - self._awaited > self.door.bounds.receive_seconds
+        between = self._in_head and not self._head and self.cycle is not None
+        if between or (self._in_head and self.cycle is not None and not self.cycle.response_complete):
+            return False  # uvicorn's to time, or the model's
+        return now - self._awaited > self.door.bounds.receive_seconds
 
     def is_unread(self, now: float) -> bool:
         """Whether there is something that the client has not read yet."""
@@ -146,10 +153,16 @@ class Connection(HttpToolsProtocol):
         return True
 
     def time_out(self) -> None:
-        if self._head:
-            self.refuse(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive.")
+        if self._head or not self._in_head:
+            self.refuse(Refused(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive."))
         else:
             self.transport.close()
+
+    def reset(self) -> None:
+        """End the connection at once, with what the system holds for the client, who may never take it."""
+        ours = self.transport.get_extra_info("socket")
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -162,7 +175,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        if self.parser is None or self.transport.is_closing():
+        if self._deaf:
             return
         if self._in_head:
             if not self._head:
@@ -173,17 +186,20 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._decline(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
-            if isinstance(error.__context__, Refused):
-                self.refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, str(error.__context__))
-            else:
-                self.refuse(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP request.")
+            refused = error.__context__
+            if not isinstance(refused, Refused):
+                refused = Refused(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP request.")
+            self.refuse(refused)
         else:
             if self._in_head and self._head > self.door.bounds.head_bytes:
-                self.refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self._too_large())
+                self.refuse(self._too_large())
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
+        # There may be nothing of it yet but what came with the end of the one before.
+        self._head = self._head or 1
+        self._awaited = self.loop.time()
 
     def _decline(self, rest: bytes) -> None:
         """Take a request that offers another protocol as one that doesn't, as RFC 9110, 7.8 has it.
@@ -193,7 +209,7 @@ class Connection(HttpToolsProtocol):
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.refuse(HTTPStatus.BAD_REQUEST, "This is no proxy.")
+            self.refuse(Refused(HTTPStatus.BAD_REQUEST, "This is no proxy."))
             return
         kept = [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name not in HOP_BY_HOP]
         closing = b"" if self.parser.should_keep_alive() else b"connection: close\r\n"
@@ -208,9 +224,11 @@ class Connection(HttpToolsProtocol):
             # Much of it may have been body.
             size = len(self.url) + sum(len(name) + len(value) + HEADER_OVERHEAD for name, value in self.headers)
             if size > self.door.bounds.head_bytes:
-                raise Refused(self._too_large())
+                raise self._too_large()
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise Refused(HTTPStatus.BAD_REQUEST, "This server speaks HTTP/1.1.")
         if len(self.pipeline) >= MOST_PIPELINED:
-            raise Refused("Too many requests at once.")
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests before the first was answered.")
         self._in_head = False
         self._head = 0
         if self.crowded and len(self.door.connections) > self.door.bounds.connections:
@@ -224,22 +242,25 @@ class Connection(HttpToolsProtocol):
         self._awaited = self.loop.time()
         super().on_message_complete()
 
-    def _too_large(self) -> str:
-        return f"The request's head is larger than {self.door.bounds.head_bytes} bytes (MAX_HEADER_KB)."
+    def _too_large(self) -> Refused:
+        why = f"The request's head is larger than {self.door.bounds.head_bytes} bytes (MAX_HEADER_KB)."
+        return Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why)
 
-    def refuse(self, status: HTTPStatus, why: str) -> None:
-        """End the connection, saying why unless an answer is under way, into which that would be written."""
-        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
-            # What came before was valid and is answered.
-            self.cycle.keep_alive = False
-            self.pipeline.clear()
-            self.flow.pause_reading()
-            return
-        self.door.refused(status)
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            body = f"{why}\n".encode()
-            self.transport.write(
-                b"HTTP/1.1 %d %s\r\ncontent-type: text/plain; charset=utf-8\r\nx-content-type-options: nosniff\r\n"
-                b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (status, status.phrase.encode(), len(body), body)
-            )
+    def refuse(self, refused: Refused) -> None:
+        """Read no more, and end the connection, after what was asked before has been answered."""
+        self._deaf = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.pipeline or not self.cycle.more_body:
+                self.cycle.keep_alive = False
+                return
+            if self.cycle.response_started:
+                self.transport.close()
+                return
+        self.door.refused(refused.status)
+        body = f"{refused}\n".encode()
+        self.transport.write(
+            b"HTTP/1.1 %d %s\r\ncontent-type: text/plain; charset=utf-8\r\nx-content-type-options: nosniff\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n%s"
+            % (refused.status, refused.status.phrase.encode(), len(body), body)
+        )
         self.transport.close()

@@ -44,6 +44,7 @@ import logging
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -81,6 +82,9 @@ LINGER_SECONDS = 1.0
 
 # What a process needs, beyond answering its last request and draining, to end.
 SPARE_SECONDS = 5.0
+
+# What a process has open besides its connections: libraries, the model's files, pipes.
+SPARE_FILES = 512
 
 # How `supervise` starts a worker that loads by itself: with this, its number, and the file descriptors of the listener,
 # of what is counted, and of the channel.
@@ -383,11 +387,22 @@ def serve_together(settings: Settings, directory: Path) -> None:
         darwin_workers.supervise(settings.workers, job, arriving)
 
 
+def _allow_files(connections: int) -> None:
+    """Have as many open files as that takes, or as many as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
 def serve(read: Reader, redact: Redactor) -> None:
     """Serve until a signal comes. Raises `RoleError` if the model, or the port, can't be had."""
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
     share_cpus(settings.workers, cpu_limit(), os.environ)
+    _allow_files(2 * settings.connections)
     downloaded = contextlib.nullcontext(Path()) if settings.model_path else darwin_fetch.scratch()
     with downloaded as directory:
         (serve_alone if settings.workers == 1 else serve_together)(settings, directory)
