@@ -50,6 +50,8 @@ class Bodies:
                 crowded = self.arriving > LARGEST_AT_ONCE * self.most
                 if size > self.most or crowded:
                     parts.clear()
+                    self.arriving -= held
+                    held = 0
                     if message["more_body"]:
                         await self._discard(receive, size)
                     raise Overloaded(1) if crowded else self._too_large()

@@ -231,7 +231,7 @@ def test_who_would_wait_too_long_is_told_so_at_once(batching: bool) -> None:
         bench = Bench(Limits(timeout=8, batch_rows=2), batching=batching)
         first, gate = await bench.occupied()
         bench.batcher._learn(1.0, 1)  # as if a batch had just taken a second
-        accepted = []
+        accepted: list[Any] = []
         while True:
             newest = bench.ask(len(accepted))
             await asyncio.sleep(0)

@@ -109,6 +109,24 @@ def test_what_is_told_to_be_far_too_large_is_not_waited_for(wire: Wire, length: 
     assert answers(wire.rest()) == [413]
 
 
+def test_what_arrives_at_the_same_time_is_bounded() -> None:
+    with (
+        serving(model_path("iris"), WORKERS=1, MAX_BODY_MB=1, RECEIVE_TIMEOUT_SECONDS=600) as served,
+        contextlib.ExitStack() as held,
+    ):
+        body = BODY + b" " * (MAX_BODY - len(BODY))
+        unfinished = [Wire(served) for _ in range(3)]
+        for wire in unfinished:
+            held.enter_context(wire.socket)
+            wire.send(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % MAX_BODY, body[:-1])
+        # All of it has been read once probes are answered after it.
+        served.get("/livez")
+        for wire in unfinished:
+            wire.send(body[-1:])
+        assert sorted(answers(wire.rest())[0] for wire in unfinished) == [200, 200, 503]
+        assert served.post("/predict", data=body).status_code == 200
+
+
 def test_a_client_that_asks_first_is_spared_sending(wire: Wire) -> None:
     wire.send(HEAD, b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY + 1))
     answer = wire.rest()
