@@ -11,7 +11,7 @@ BASE := build/base.tar
 STORAGE := build/storage.conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients run test test-all test-image image-report soak lint bench wheelhouse base-image lock clean
+.PHONY: help setup clients run test test-all test-image image-report soak fuzz lint bench wheelhouse base-image lock clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
@@ -76,6 +76,10 @@ soak: $(READY)  ## Run the cache's simulation for a million steps, STEPS and SEE
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1)
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1) --no-locks
 
+fuzz: $(READY)  ## Feed a million inputs to all that reads requests, and try properties at length; RUNS and EXAMPLES say otherwise
+	$(BIN)/python -m tests.fuzz all --runs $(or $(RUNS),1000000)
+	EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -q tests/test_properties.py
+
 lint: $(READY)  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -106,4 +110,4 @@ without = printf '%s\n' graphviz matplotlib plotly gitpython $(1) | \
   $(COMPILE) pyproject.toml -c requirements/dev.txt --excludes /dev/stdin
 
 clean:  ## Remove everything that make made
-	rm -rf $(VENV) $(STORE) build wheelhouse/*.whl .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(STORE) build wheelhouse/*.whl .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

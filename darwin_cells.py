@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import math
 import re
 import struct
@@ -23,6 +24,15 @@ import orjson
 MAX_PROBLEMS = 100
 # After so many, nothing more is looked at: to count those of a large body can take minutes.
 ENOUGH_PROBLEMS = 10_000
+
+# Of a name in a message; a client can make one as long as a body, and have it told with each problem.
+MAX_NAME = 200
+
+# What is deeper can be read, but neither shown nor written any more, and few models could bear it.
+MOST_DEPTH = 200
+
+# Letters in an array of text, where all take as much room as the longest, unless there are so many anyway.
+MOST_PADDED = 16 * 1024 * 1024
 
 # An array, or an object, of which no part was given.
 MISSING: Any = object()
@@ -95,6 +105,7 @@ class Report:
 
     def _add(self, row: int | None, name: str, kind: str, expected: str, value: Any, found: str) -> None:
         self.total += 1
+        name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
         if self.total >= ENOUGH_PROBLEMS:
             self.finish()
         if self.total <= MAX_PROBLEMS:
@@ -119,7 +130,7 @@ def _shown(value: Any) -> str:
         return f"{_type_name(value)} of {len(value)}"
     if value is None:
         return "null"
-    text = repr(value)
+    text = repr(value[:60] if isinstance(value, str) else value)
     return f"{_type_name(value)} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -412,7 +423,41 @@ SCALARS = {
     ),
 }
 
-_ANY = Cell("any", {}, "any", lambda value, _: value, _objects, _json_from_text, null=None)
+
+_CONTAINERS = {list, dict}
+
+
+def nested_too_deep(value: Any) -> bool:
+    """Whether lists and objects of JSON are nested more than `MOST_DEPTH` deep."""
+    level = [value]
+    for _ in range(MOST_DEPTH + 1):
+        # Most parts are neither, and many are empty.
+        parts = [part for part in level if part and type(part) in _CONTAINERS]
+        if not parts:
+            return False
+        level = [*itertools.chain.from_iterable(part.values() if type(part) is dict else part for part in parts)]
+    return True
+
+
+def need_even(values: list[Any], count: int, lengths: Sequence[int]) -> None:
+    """Raise `InputError` where an array of the `count` `values`, among them texts of these `lengths`, would be huge."""
+    longest = max(lengths, default=0)
+    if count * longest > max(MOST_PADDED, 2 * sum(lengths)):
+        raise refuse("texts of about the same length", values, f"one of them has {longest} letters")
+
+
+def _even(texts: Sequence[str]) -> Sequence[str]:
+    need_even(list(texts), len(texts), [*map(len, texts)])
+    return texts
+
+
+def _anything(value: Any, bad: Bad) -> Any:
+    if nested_too_deep(value):
+        bad("", "any", value, f"nested more than {MOST_DEPTH} deep")
+    return value
+
+
+_ANY = Cell("any", {}, "any", _anything, _objects, _json_from_text, null=None)
 
 
 def below(bad: Bad, prefix: str) -> Bad:
@@ -522,11 +567,15 @@ def tensor_cell(dtype: np.dtype[Any]) -> Cell:
             schema={"type": "string"},
             sample="text",
             convert=_check(str, "string"),
-            build=lambda values: np.array([value.encode() for value in values], dtype=bytes),
+            build=lambda values: np.array([value.encode() for value in _even(values)], dtype=bytes),
         )
     if dtype.kind == "U":
         return Cell(
-            "string", {"type": "string"}, "text", _check(str, "string"), lambda values: np.array(values, dtype=str)
+            name="string",
+            schema={"type": "string"},
+            sample="text",
+            convert=_check(str, "string"),
+            build=lambda values: np.array(_even(values), dtype=str),
         )
     if dtype.kind == "M":
         return SCALARS["datetime"]

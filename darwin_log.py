@@ -36,6 +36,8 @@ _SIGNED_QUERY = re.compile(
     r"|[\w-]*(?:token|password|secret|api[_-]?key))=)[^&;\s'\"]+",
     re.IGNORECASE,
 )
+# Of a terminal and of what takes log lines apart; of lines, LF alone is what we end them with.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _AUTHORIZATION = re.compile(r"((?:Basic|Bearer)\s+)[A-Za-z0-9+/._~=-]{6,}")
 _MASK = "***"
 
@@ -83,7 +85,9 @@ class _Formatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        return self.redact(super().format(record))
+        # What a model says of its input may hold what its client wrote: that must not look like a line of ours.
+        text = self.redact(super().format(record)).replace("\n", "\n  ")
+        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class JsonFormatter(_Formatter):

@@ -257,24 +257,43 @@ def _v2(contract: Contract, sample: Any) -> Schema:
 
 
 def _gets(contract: Contract) -> dict[str, Schema]:
-    told = {
-        "/schema": "The signature, a request that works, and a JSON Schema",
-        "/livez": "Whether the process works",
-        "/ready": "Whether predictions would be answered",
-        "/healthcheck": "Whether the model has loaded",
-        "/health": "Whether the model has loaded",
-        "/ping": "Whether the model has loaded",
-        "/version": "MLflow's version",
-        "/metrics": "Figures for Prometheus",
-        "/v1/models": "The model's name",
-        f"/v1/models/{contract.name}": "Whether the model is ready",
-        "/v2": "The server's name and version",
-        "/v2/health/live": "Whether the process works",
-        "/v2/health/ready": "Whether predictions would be answered",
-        f"/v2/models/{contract.name}": "The model's inputs and outputs as tensors",
-        f"/v2/models/{contract.name}/ready": "Whether the model is ready",
+    name = {"name": "string"}
+    model = {"versions": "array", "platform": "string", "inputs": "array", "outputs": "array"}
+    schema = {"inputs": "array", "outputs": "array", "sample_request": "object", "json_schema": "object"}
+    loaded = "Whether the model has loaded"
+    return {
+        "/schema": _get("The signature, a request that works, and a JSON Schema", schema, "DarwinError", 404),
+        "/livez": _get("Whether the process works", {"status": "string"}),
+        "/ready": _get("Whether predictions would be answered", {"status": "string"}, "DarwinError"),
+        "/healthcheck": _get(loaded, {"status": "string"}, "DarwinError"),
+        "/health": _get(loaded, {"status": "string"}, "DarwinError"),
+        "/ping": _get(loaded, {}, "MLflowError"),
+        "/version": _get("MLflow's version", media_type="text/plain"),
+        "/metrics": _get("Figures for Prometheus", media_type="text/plain"),
+        "/v1/models": _get("The model's name", {"models": "array"}),
+        f"/v1/models/{contract.name}": _get("Whether the model is ready", {**name, "ready": "boolean"}),
+        "/v2": _get("The server's name and version", {**name, "version": "string", "extensions": "array"}),
+        "/v2/health/live": _get("Whether the process works", {"live": "boolean"}),
+        "/v2/health/ready": _get("Whether predictions would be answered", {"ready": "boolean"}, "KServeError"),
+        f"/v2/models/{contract.name}": _get(
+            "The model's inputs and outputs as tensors", {**name, **model}, "KServeError"
+        ),
+        f"/v2/models/{contract.name}/ready": _get(
+            "Whether the model is ready", {**name, "ready": "boolean"}, "KServeError"
+        ),
     }
-    answers = {"200": {"description": "yes, or what was asked for"}, "503": {"description": "not now"}}
-    gets = {path: {"get": {"summary": summary, "responses": dict(answers)}} for path, summary in told.items()}
-    gets["/schema"]["get"]["responses"]["404"] = {"description": "the model has no signature"}  # type: ignore[index]
-    return gets
+
+
+def _get(
+    summary: str, fields: Mapping[str, str] | None = None, error: str = "", absent: int = 0, media_type: str = JSON
+) -> Schema:
+    """`fields` are those of the answer, an object, with their types; without any, it is empty. `error` words a 503."""
+    schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in (fields or {}).items()}}
+    content: Schema = {"schema": {**schema, "required": list(fields)}} if fields else {}
+    answers: Schema = {"200": {"description": "yes, or what was asked for", "content": {media_type: content}}}
+    failure = {"content": {JSON: {"schema": _ref(error)}}}
+    if error:
+        answers["503"] = {"description": "not now", **failure}
+    if absent:
+        answers[str(absent)] = {"description": "the model has no signature", **failure}
+    return {"get": {"summary": summary, "responses": answers}}

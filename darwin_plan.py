@@ -26,20 +26,31 @@ import pandas as pd
 
 from darwin_cells import (
     MISSING,
+    MOST_DEPTH,
     Array,
     Bad,
     Cell,
+    InputError,
     ParamsError,
     Report,
     Spec,
     below,
     cell_of,
     in_bulk,
+    need_even,
+    nested_too_deep,
     or_null,
     parse_column,
     refuse,
     tensor_cell,
 )
+
+# Of a table without a signature. For each column, pandas takes as long as for a hundred numbers.
+MOST_COLUMNS = 50_000
+MOST_ALIKE = 100
+
+# Each takes some sixty bytes while CSV is read, and two of the body.
+MOST_CELLS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,30 @@ def _need_objects(rows: Sequence[Any]) -> None:
     report.finish()
 
 
+def _need_same_keys(rows: Sequence[Mapping[str, Any]], width: int) -> None:
+    """Raise `InputError` where `rows` have keys of their own, `width` in all: a table of them would be far larger."""
+    given = sum(map(len, rows))
+    if len(rows) * width > 1000 + 100 * given:
+        raise refuse("rows with the same keys", rows, f"{width} keys in all, {given} values")
+
+
+def _need_shallow(value: Any) -> None:
+    if nested_too_deep(value):
+        raise refuse(f"values nested at most {MOST_DEPTH} deep", value)
+
+
+def _as_array(value: Any) -> Array:
+    """What numpy makes of it, which gives each of several texts the room of the longest."""
+    lists, count = [value], 0
+    lengths: list[int] = []
+    while lists := [part for part in lists if type(part) is list]:
+        lists = [*itertools.chain.from_iterable(lists)]
+        count += len(lists)
+        lengths += [len(part) for part in lists if type(part) is str]
+    need_even(value, count, lengths)
+    return np.array(value)
+
+
 def _need_names(columns: Any) -> list[str]:
     if type(columns) is not list or {list, dict} & set(map(type, columns)):
         raise refuse("a list of column names", columns)
@@ -170,7 +205,21 @@ def _need_names(columns: Any) -> list[str]:
 def _need_labels(index: Any, count: int) -> list[Any] | None:
     if index is not None and (type(index) is not list or len(index) != count or {list, dict} & set(map(type, index))):
         raise refuse(f"index: a list of {count} labels, as many as rows", index)
+    _need_short("index", index or [])
     return index
+
+
+def _need_short(what: str, labels: list[Any]) -> None:
+    """Raise `InputError` for integers of more than 64 bits, of which any number can be found whose hashes are equal."""
+    if any(type(label) is int and not -(2**63) <= label < 2**63 for label in labels):
+        raise refuse(f"{what}: no integers of more than 64 bits", labels)
+
+
+def _need_few(columns: Sequence[Any]) -> None:
+    """Raise `InputError` for a table that pandas would take long for, far longer if columns have the same name."""
+    twice = len(columns) - len(set(map(str, columns)))
+    if len(columns) > MOST_COLUMNS or twice > MOST_ALIKE:
+        raise refuse(f"at most {MOST_COLUMNS} columns", list(columns), f"{twice} of them called as another")
 
 
 def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -181,6 +230,8 @@ def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
 
 def _read_csv(body: bytes) -> tuple[list[str], list[list[str]]]:
     csv.field_size_limit(sys.maxsize)  # of the whole process; the size of bodies is not this module's business
+    if len(body) > MOST_CELLS and (cells := sum(map(body.count, (b",", b"\n", b"\r")))) > MOST_CELLS:
+        raise refuse(f"CSV of at most {MOST_CELLS} cells that are not all numbers", "", f"about {cells}")
     text = body.decode("utf-8-sig")
     if "\0" in text:
         raise refuse("CSV with a header row", text, "it contains NUL")  # csv itself says so before Python 3.11 only
@@ -546,7 +597,8 @@ class TensorPlan:
     def records(self, rows: Any) -> Rows:
         rows = _need_rows(rows, "a list of at least one object")
         _need_objects(rows)
-        names = list(rows[0])
+        names = [tensor.key for tensor in self.tensors if tensor.key in rows[0]] if self.named else list(rows[0])
+        _need_same_keys(rows, len(names))
         return self._cells(names, [[row.get(name, MISSING) for row in rows] for name in names], len(rows))
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
@@ -644,28 +696,40 @@ class UncheckedPlan:
     def records(self, rows: Any) -> Rows:
         rows = _need_rows(rows, "a list of at least one object")
         if set(map(type, rows)) == {dict}:
-            # Rows with keys of their own make a table far larger than the request.
-            width, given = len(set().union(*rows)), sum(map(len, rows))
-            if len(rows) * width > 1000 + 100 * given:
-                raise refuse("rows with the same keys", rows, f"{width} keys in all, {given} values")
+            keys = set().union(*rows)
+            _need_same_keys(rows, len(keys))
+            _need_few([*keys])
         return self._rows(lambda: pd.DataFrame(rows), rows)
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         data = _need_rows(data, "data: a list of at least one row")
         labels = _need_labels(index, len(data))
+        if type(columns) is list:
+            _need_short("column names", columns)
+            _need_few(columns)
         return self._rows(lambda: pd.DataFrame(data, index=labels, columns=columns), data)
 
     def csv(self, body: bytes) -> Rows:
         text = body.decode("utf-8-sig")
+        csv.field_size_limit(sys.maxsize)
+        lines = csv.reader(io.StringIO(text, newline=""))
+        try:
+            # As pandas, which skips blank ones; what the first of data has more than the header are labels of rows.
+            header, *first = itertools.islice((line for line in lines if len(line) > 1 or "".join(line).strip()), 2)
+        except (csv.Error, ValueError):
+            header, first = [], []  # pandas says what is wrong
+        _need_few(header)
+        _need_few([*range(max(map(len, first), default=0))])
         return self._rows(lambda: pd.read_csv(io.StringIO(text)), text)
 
     def instances(self, value: Any) -> Rows:
         if type(value) is list and value and set(map(type, value)) == {dict}:
             keys = dict.fromkeys(itertools.chain.from_iterable(value))
+            _need_same_keys(value, len(keys))
             value = {key: [row[key] for row in value if key in row] for key in keys}
         if type(value) is dict:
-            return self._rows(lambda: {key: np.array(part) for key, part in value.items()}, value)
-        return self._rows(lambda: np.array(value), value)
+            return self._rows(lambda: {key: _as_array(part) for key, part in value.items()}, value)
+        return self._rows(lambda: _as_array(value), value)
 
     def features(self, value: Any) -> Rows:
         if type(value) is dict or (type(value) is list and dict in set(map(type, value))):
@@ -679,8 +743,11 @@ class UncheckedPlan:
         return {}
 
     def _rows(self, make: Callable[[], Any], given: Any) -> Rows:
+        _need_shallow(given)
         try:
             value = make()
+        except InputError:
+            raise
         except Exception as error:  # whatever pandas and numpy raise, the cause is what they were given
             raise refuse("rows that make a table or an array", given, str(error)[:300]) from None
         sizes = [array.shape[:1] for array in value.values()] if isinstance(value, dict) else [value.shape[:1]]
@@ -704,6 +771,7 @@ class HintedPlan(ColumnPlan):
     def instances(self, value: Any) -> Rows:
         if type(value) is list and not value:
             raise refuse("a list of at least one value", value)
+        _need_shallow(value)
         return Rows(value, len(value) if type(value) is list else 1, doubtful=True)
 
     def features(self, value: Any) -> Rows:

@@ -21,7 +21,7 @@ import orjson
 import pandas as pd
 
 from darwin_batching import Overloaded, Request, TooSlow
-from darwin_cells import InputError, ParamsError, Spec, refuse
+from darwin_cells import MOST_DEPTH, InputError, ParamsError, Spec, nested_too_deep, refuse
 from darwin_json import Unwritable, dump, plain
 from darwin_model import PredictionFailed, Refused
 from darwin_plan import Contract, Plan, Rows, describe
@@ -47,9 +47,9 @@ METHOD = "predict_method"
 # No data compresses better than this, beyond the first megabyte.
 INFLATION = 100
 
-# A Parquet file can hold any number of equal cells in a few bytes.
+# A Parquet file can hold any number of equal cells, of any length, in a few bytes.
 MOST_CELLS = 4_000_000
-
+MOST_PARQUET_BYTES = 64 * 1024 * 1024
 
 # Each takes at least 56 bytes of memory, and two of the body.
 MOST_CONTAINERS = 4_000_000
@@ -291,7 +291,7 @@ def _stored(request: dict[str, Any], lookup: Lookup | None) -> Mapping[str, Any]
         )
     if not isinstance(group, str) or not group:
         raise Malformed("feature_group must be the name of a feature group")
-    if not isinstance(keys, dict) or not keys:
+    if not isinstance(keys, dict) or not keys or {list, dict} & set(map(type, keys.values())):
         raise Malformed('ofs_keys must be an object of primary keys, such as {"user_id": 42}')
     return lookup(group, keys)
 
@@ -405,11 +405,8 @@ def _read_parquet(body: bytes, plan: Plan) -> Rows:
             f"{PARQUET} needs the library pyarrow, which is not installed: send {JSON} or {CSV}"
         ) from None
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(body))
-        cells = file.metadata.num_rows * file.metadata.num_columns
-        if cells > MOST_CELLS:
-            raise TooLarge(f"the Parquet file has {cells} cells, more than {MOST_CELLS}")
-        table = file.read()
+        _check_parquet(pyarrow.parquet.ParquetFile(io.BytesIO(body)), body)
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(body)).read()
         if not plan.inputs:
             return Rows(table.to_pandas(), table.num_rows, doubtful=True)
         rows = [list(map(_as_json, row.values())) for row in table.to_pylist()]
@@ -418,6 +415,42 @@ def _read_parquet(body: bytes, plan: Plan) -> Rows:
     except Exception as error:  # of many kinds, all of them about the body
         raise Malformed(f"the body is not Parquet: {error}") from None
     return plan.split(table.column_names, rows)
+
+
+def _check_parquet(file: Any, body: bytes) -> None:
+    """Raise `TooLarge` for what a few bytes make large: cells that are equal, or so many in a row, or long texts."""
+    import pyarrow.parquet
+
+    told, schema = file.metadata, file.schema
+    if told.num_rows * told.num_columns > MOST_CELLS:
+        raise TooLarge(f"the Parquet file has {told.num_rows * told.num_columns} cells, more than {MOST_CELLS}")
+    # In a file that is not sound, pyarrow ends the process where it is asked for a column's metadata.
+    file.scan_contents()
+    groups = range(told.num_row_groups)
+    values = sum(told.row_group(group).column(index).num_values for group in groups for index in range(len(schema)))
+    if values > MOST_CELLS:
+        raise TooLarge(f"the Parquet file has {values} values, more than {MOST_CELLS}")
+    columns = map(schema.column, range(len(schema)))
+    texts = [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
+    packed = pyarrow.parquet.ParquetFile(io.BytesIO(body), read_dictionary=texts).read()
+    size = sum(_unpacked_bytes(chunk) for column in packed.columns for chunk in column.chunks)
+    if size > MOST_PARQUET_BYTES:
+        raise TooLarge(f"the Parquet file has {size} bytes of data, more than {MOST_PARQUET_BYTES}")
+
+
+def _unpacked_bytes(array: Any) -> int:
+    """How large a pyarrow array is without dictionaries, in which equal texts are one."""
+    import pyarrow.compute
+
+    if hasattr(array, "dictionary"):
+        lengths = pyarrow.compute.binary_length(array.dictionary)
+        return int(pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0)
+    if hasattr(array, "keys"):  # a map
+        return _unpacked_bytes(array.keys) + _unpacked_bytes(array.items)
+    if not hasattr(array, "flatten") or not array.type.num_fields:
+        return int(array.nbytes)
+    parts = array.flatten()
+    return sum(map(_unpacked_bytes, parts if isinstance(parts, list) else [parts]))
 
 
 def _as_json(value: Any) -> Any:
@@ -434,7 +467,7 @@ def _invocations(request: dict[str, Any], headers: Headers, contract: Contract) 
     if not shapes and any(key in request for key in CHAT):
         return _chat(request, contract)
     if len(shapes) != 1:
-        given = ", ".join(map(repr, list(request)[:20])) or "nothing"
+        given = ", ".join(map(repr, list(request)[:20]))[:200] or "nothing"
         raise Malformed(f"the body must have exactly one of {', '.join(SHAPES)} (given: {given})")
     value, plan = request[shapes[0]], contract.plan
     if shapes[0] == "dataframe_split":
@@ -450,6 +483,8 @@ def _chat(request: dict[str, Any], contract: Contract) -> Request:
     declared = {spec["name"] for spec in contract.params.specs}
     params = contract.params.parse({key: value for key, value in request.items() if key in declared})
     given = {key: value for key, value in request.items() if key not in declared}
+    if nested_too_deep(given):
+        raise Malformed(f"the body is nested more than {MOST_DEPTH} deep")
     if request.get("stream") is True and not contract.streams:
         raise Malformed("this model cannot answer piece by piece: leave out stream")
     rows = Rows(given, 1, doubtful=True, as_sent=True)
@@ -461,7 +496,8 @@ def _read_split(value: Any, plan: Plan) -> Rows:
         raise Malformed("dataframe_split must be an object with data and, usually, columns")
     unknown = value.keys() - {"columns", "index", "data"}
     if unknown:
-        raise Malformed(f"dataframe_split has only columns, index and data, not {', '.join(sorted(unknown)[:20])}")
+        shown = ", ".join(sorted(unknown)[:20])[:200]
+        raise Malformed(f"dataframe_split has only columns, index and data, not {shown}")
     return plan.split(value.get("columns"), value["data"], value.get("index"))
 
 

@@ -270,7 +270,7 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
         make_app(service, settings.root_path),
         loop="uvloop",
         http=Door(bounds, service.meter.refused).protocol(),
-        ws="none",
+        ws="none",  # there is no route for it, and a library for it may come along with a model
         lifespan="off",
         log_config=None,
         access_log=False,

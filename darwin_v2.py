@@ -155,9 +155,7 @@ def _tensor(given: Mapping[str, Any], whole_name: str, tail: memoryview) -> tupl
     name = whole_name[:100]
     datatype, shape = given.get("datatype"), _shape(given.get("shape"), name)
     if not isinstance(datatype, str) or (datatype != BYTES and datatype not in NUMBERS):
-        raise Malformed(
-            f"input {name!r}: unknown datatype {str(datatype)[:50]!r}, it may be {', '.join(NUMBERS)}, {BYTES}"
-        )
+        raise Malformed(f"input {name!r}: unknown datatype {_shown(datatype)}, it may be {', '.join(NUMBERS)}, {BYTES}")
     count = math.prod(shape)
     size = _parameters(given, f"input {name!r}").get("binary_data_size")
     if size is None:
@@ -166,13 +164,20 @@ def _tensor(given: Mapping[str, Any], whole_name: str, tail: memoryview) -> tupl
         return Tensor(whole_name, datatype, shape, values), tail
     if type(size) is not int or not 0 <= size <= len(tail):
         raise Malformed(
-            f"input {name!r}: binary_data_size {str(size)[:50]} is not within the {len(tail)} bytes that are left"
+            f"input {name!r}: binary_data_size {_shown(size)} is not within the {len(tail)} bytes that are left"
         )
     if "data" in given:
         raise Malformed(f"input {name!r}: there may be data or binary_data_size, not both")
     part, tail = tail[:size], tail[size:]
     binary = _texts(part, count, name) if datatype == BYTES else _array(part, count, datatype, name, shape)
     return Tensor(whole_name, datatype, shape, binary), tail
+
+
+def _shown(value: Any) -> str:
+    """The beginning of it; a list or an object can be nested too deep to be shown."""
+    if isinstance(value, (list, dict)):
+        return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return repr(str(value)[:50])
 
 
 def _shape(given: Any, name: str) -> tuple[int, ...]:
@@ -209,7 +214,7 @@ def _check(values: list[Any], datatype: str, name: str) -> None:
     allowed = _KINDS.get(datatype) or (_FLOATS if datatype.startswith("FP") else {int})
     if odd := set(map(type, values)) - allowed:
         example = next(value for value in values if type(value) in odd)
-        raise Malformed(f"input {name!r}: {str(example)[:50]!r} is no {datatype}")
+        raise Malformed(f"input {name!r}: {_shown(example)} is no {datatype}")
     if allowed == {int} and values:
         limits = np.iinfo(NUMBERS[datatype])
         if min(values) < limits.min or max(values) > limits.max:
@@ -259,7 +264,7 @@ def _wanted(outputs: Any, contract: Contract) -> tuple[dict[str, bool | None] | 
     wanted = {each["name"]: _parameters(each, f"output {each['name']!r}").get("binary_data") for each in outputs}
     asked = [name for name in wanted if name in contract.methods and name not in _names(contract)]
     if asked and len(wanted) > 1:
-        raise Malformed(f"outputs {', '.join(wanted)} cannot be had at once: ask for one of them at a time")
+        raise Malformed(f"outputs {', '.join(wanted)[:200]} cannot be had at once: ask for one of them at a time")
     return wanted, asked[0] if asked else ""
 
 
@@ -336,7 +341,12 @@ def _unchecked(tensors: Sequence[Tensor]) -> Rows:
 def _typed(tensor: Tensor) -> Array:
     if tensor.datatype == BYTES:
         return np.array(_texted(tensor, binary=False).values, dtype=object).reshape(tensor.shape)
-    return np.array(tensor.values, dtype=NUMBERS[tensor.datatype]).reshape(tensor.shape)
+    with np.errstate(over="ignore"):
+        array = np.array(tensor.values, dtype=NUMBERS[tensor.datatype]).reshape(tensor.shape)
+    # JSON has no infinity, so there it has become one.
+    if type(tensor.values) is list and array.dtype.kind == "f" and np.isinf(array).any():
+        raise Malformed(f"input {tensor.name[:100]!r}: not all values are within {tensor.datatype}")
+    return array
 
 
 # Answers
@@ -364,7 +374,7 @@ def write_infer(output: Any, contract: Contract, form: Form) -> Reply:
     found = {key: _array_of(values, column=columns) for key, values in named.items()}
     wanted = dict.fromkeys(found) if form.wanted is None else form.wanted
     if absent := [key for key in wanted if key not in found]:
-        raise Malformed(f"there is no output {absent[0]!r}: there is {', '.join(found)}")
+        raise Malformed(f"there is no output {absent[0][:100]!r}: there is {', '.join(found)}")
     outputs, buffers = [], []
     for key, asked in wanted.items():
         array = found[key]
@@ -489,9 +499,12 @@ def tensors(contract: Contract, sample: Any) -> list[dict[str, Any]]:
         value = sample.get(described["name"]) if isinstance(sample, dict) else sample
         if value is None:
             continue
-        shape = [1 if length == -1 else length for length in described["shape"]]
+        shape = [1, 1]
         if spec["type"] == "tensor":
-            data = np.array(value, dtype=object).ravel().tolist()
+            array = np.array(value, dtype=object)
+            # The sample is one row, where the tensor's first axis is rows.
+            shape = [*([1] if described["shape"][0] == -1 else []), *array.shape]
+            data = array.ravel().tolist()
         else:
             data = [value if described["datatype"] != BYTES or isinstance(value, str) else dump(value).decode()]
         made.append({**described, "shape": shape, "data": data})

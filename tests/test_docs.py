@@ -132,6 +132,7 @@ def test_make_says_what_can_be_made() -> None:
         "test-image",
         "image-report",
         "soak",
+        "fuzz",
         "lint",
         "bench",
         "lock",

@@ -165,3 +165,19 @@ def test_a_bad_log_level_is_told_with_the_rest(capsys: pytest.CaptureFixture[str
     err = capsys.readouterr().err
     assert "LOG_LEVEL='loud'" in err
     assert "PORT='x'" in err
+
+
+def test_no_line_looks_like_one_of_ours_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "no\n2026-01-31T12:00:00.000Z INFO darwin: all is well\r\x1b[2J\x85\u2028"
+    for style in ("text", "json"):
+        set_up(Reader({"LOG_FORMAT": style}))
+        try:
+            raise ValueError(forged)
+        except ValueError as error:
+            logging.getLogger("darwin").error("it failed: %s", error, exc_info=error)
+    lines = capsys.readouterr().err.split("\n")
+    assert [line for line in lines if line.startswith("20")] == lines[:1]
+    assert "\\r\\x1b[2J\\x85\\u2028" in lines[1]
+    assert all(line.isprintable() for line in lines)
+    *_, told, end = lines
+    assert (end, json.loads(told)["message"]) == ("", f"it failed: {forged}")
