@@ -28,6 +28,7 @@ from darwin_cells import InputError
 from darwin_docs import Documents
 from darwin_features import FeatureStore
 from darwin_json import dump
+from darwin_keys import Forbidden, Guard, Needs, Unauthorized
 from darwin_metrics import Board, Meter
 from darwin_model import Model, Refused
 from darwin_plan import Contract
@@ -56,16 +57,23 @@ class Loaded(NamedTuple):
 class Service:
     """The model behind the routes: absent until it has loaded and answered its own input example.
 
-    `name` is what protocols with names call the model, `store` where features can be looked up, if anywhere.
+    `name` is what protocols with names call the model, `store` where features can be looked up, if anywhere, and
+    `guard` says who may ask, if not everybody.
     """
 
     def __init__(
-        self, limits: Limits, name: str = "model", store: FeatureStore | None = None, meter: Meter | None = None
+        self,
+        limits: Limits,
+        name: str = "model",
+        store: FeatureStore | None = None,
+        meter: Meter | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.limits = limits
         self.name = name
         self.store = store
         self.meter = meter or Meter(Board(1), 0)
+        self.guard = guard
         self.access = AccessLog()
         self.inference = InferenceThread()
         self.streams = darwin_streaming.Streams()
@@ -85,7 +93,14 @@ class Service:
         about = about or About()
         contract = model.contract(self.name, about.version)
         # Once, for the input example can be large.
-        documents = Documents.of(contract, example_rows(model), about, VERSION, features=self.store is not None)
+        documents = Documents.of(
+            contract,
+            example_rows(model),
+            about,
+            VERSION,
+            features=self.store is not None,
+            needs=self.guard.needs if self.guard else Needs(),
+        )
         batcher = Batcher(
             model.predict, self.inference, self.limits, batching=batching, on_hang=on_hang, watcher=self.meter
         )
@@ -184,14 +199,14 @@ class Speaking(NamedTuple):
 # What went wrong was the client's or the model's doing, and has been told to the client.
 EXPECTED = (
     *(InputError, Malformed, Refused, NotReady, Overloaded, NotFound),
-    *(protocols.Unsupported, protocols.NotAcceptable, protocols.TooLarge, StoreFailed),
+    *(Unauthorized, Forbidden, protocols.Unsupported, protocols.NotAcceptable, protocols.TooLarge, StoreFailed),
 )
 
 
 def make_app(service: Service, root_path: str = "") -> ASGIApp:
     """The HTTP application. It works behind a proxy that strips `root_path` and behind one that doesn't."""
     tracer = Tracer()
-    meter, access = service.meter, service.access
+    meter, access, guard = service.meter, service.access, service.guard
 
     async def answer(ask: Ask, read: Read, store: FeatureStore | None = None) -> Reply | Flow:
         """What the model says to what `read` makes of the body, which may name features that are in `store`."""
@@ -416,6 +431,9 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         headers = dict(scope["headers"])
         trace = tracer.trace(headers)
         ask = Ask(scope, receive, headers, trace)
+        # Before anything of the body is read, and in the words of the protocol, also where there is no route.
+        if guard is not None and (error := guard.refusal(scope, headers, path)) is not None:
+            endpoint = endpoint._replace(handler=partial(_refuse, error))
         if endpoint.quiet:
             await _send(send, ask, await _reply(endpoint, ask), closing=not service.keep_alive)
             return
@@ -444,7 +462,12 @@ async def _reply(endpoint: Speaking, ask: Ask) -> Reply | Flow:
         return Reply(error.status_code, dump({key: error.detail}), headers=tuple((error.headers or {}).items()))
     except Exception as error:
         _log(ask, error)
-        return endpoint.word(error)
+        reply = endpoint.word(error)
+        return reply._replace(headers=error.challenges) if isinstance(error, Unauthorized) else reply
+
+
+async def _refuse(error: Exception, _: Ask) -> Reply:
+    raise error
 
 
 def _log(ask: Ask, error: Exception) -> None:
@@ -481,7 +504,7 @@ async def _send(send: Send, ask: Ask, reply: Reply | Flow, *, closing: bool) -> 
 
 async def _pour(send: Send, ask: Ask, flow: Flow, *, closing: bool) -> None:
     """Send the pieces of `flow` as they come, until the client leaves or does not read for too long."""
-    head = [*_head(flow.media_type, (), ask.trace, closing=closing), (b"cache-control", b"no-store")]
+    head = _head(flow.media_type, (), ask.trace, closing=closing)
     await send({"type": "http.response.start", "status": flow.status, "headers": head})
     left = asyncio.ensure_future(ask.receive())
     pieces = aiter(flow.pieces)
