@@ -19,6 +19,9 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+import darwin_tls
+from darwin_keys import CERTIFIED
+
 # What of a request's head comes besides names and values: separators, the verb, the version.
 HEADER_OVERHEAD = 4
 
@@ -166,6 +169,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.scheme == "https":
+            # Of this connection alone: uvicorn gives a copy to each of its requests.
+            self.app_state = {**self.app_state, CERTIFIED: darwin_tls.peer_has_certificate(transport)}
         self._awaited = self.loop.time()
         self.door.enter(self)
 
