@@ -264,9 +264,9 @@ class Connection(HttpToolsProtocol):
                 return
         self.door.refused(refused.status)
         body = f"{refused}\n".encode()
+        usual = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
         self.transport.write(
-            b"HTTP/1.1 %d %s\r\ncontent-type: text/plain; charset=utf-8\r\nx-content-type-options: nosniff\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n%s"
-            % (refused.status, refused.status.phrase.encode(), len(body), body)
+            b"HTTP/1.1 %d %s\r\n%scontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%s" % (refused.status, refused.status.phrase.encode(), usual, len(body), body)
         )
         self.transport.close()
