@@ -19,6 +19,7 @@ Environment (empty means unset):
                           rows that go to the model at once, 256, and that may wait, 100000
   FAST_PATH               auto or off: call the model directly where that is proven to answer what MLflow answers
   VERIFY                  size, sha256 or off: how to compare the files with what was downloaded, before loading
+  REQUIRE_SHA256          load only the model whose directory has this digest: see README
   DRAIN_SECONDS           how long requests are still taken after SIGTERM, while /ready says no; 5
   SERVING_MODEL_CONFIG    JSON object, the model_config of MLflow models that read one
   LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME
@@ -55,6 +56,7 @@ import uvicorn
 import darwin_fetch
 import darwin_manifest
 import darwin_memory
+import darwin_pin
 import darwin_transfer
 import darwin_workers
 from darwin_cpus import cpu_limit, default_workers, share_cpus
@@ -104,6 +106,7 @@ class Settings:
     fast_path: bool
     drain_seconds: float
     verify: str
+    required: str
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
@@ -133,6 +136,7 @@ class Settings:
             fast_path=read.choice("FAST_PATH", "auto", ("auto", "off")) == "auto",
             drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
             verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
+            required=darwin_pin.required(read),
         )
         urls = {"FEATURE_STORE_URL": settings.store_url, "OFS_ADMIN_URL": settings.store_admin_url}
         for name, url in urls.items():
@@ -294,7 +298,11 @@ def load(settings: Settings, directory: Path) -> Model:
     import darwin_startup
 
     return darwin_startup.load(
-        settings.model_path or directory, settings.model_config, settings.method, settings.verify
+        settings.model_path or directory,
+        settings.model_config,
+        settings.method,
+        settings.verify,
+        settings.required,
     )
 
 
