@@ -255,11 +255,11 @@ class Connection(HttpToolsProtocol):
     def refuse(self, refused: Refused) -> None:
         """Read no more, and end the connection, after what was asked before has been answered."""
         self._deaf = True
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.pipeline or not self.cycle.more_body:
-                self.cycle.keep_alive = False
-                return
-        if self.cycle is not None and not self._in_head and self.cycle.response_started:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete and (self.pipeline or not cycle.more_body):
+            cycle.keep_alive = False
+            return
+        if cycle is not None and not self._in_head and cycle.response_started:
             self.transport.close()  # it has its answer
             return
         self.door.refused(refused.status)
