@@ -24,6 +24,7 @@ import darwin_streaming
 import darwin_v2
 from darwin_access import AccessLog, Line
 from darwin_batching import Batcher, Gone, InferenceThread, Limits, Overloaded, Request, TooSlow
+from darwin_bodies import Bodies
 from darwin_cells import InputError
 from darwin_docs import Documents
 from darwin_features import FeatureStore
@@ -31,7 +32,7 @@ from darwin_json import dump
 from darwin_metrics import Board, Meter
 from darwin_model import Model, Refused
 from darwin_plan import Contract
-from darwin_protocols import TEXT, Headers, Malformed, NotFound, NotReady, Read, Reply, StoreFailed
+from darwin_protocols import TEXT, Headers, Malformed, NotFound, NotReady, Read, Reply, StoreFailed, TooLarge
 from darwin_startup import About, example_rows
 from darwin_trace import Trace, Tracer
 
@@ -39,6 +40,9 @@ VERSION = "0.1.0"
 
 # A larger body is not parsed on the event loop, which must go on answering probes.
 PARSE_ASIDE_BYTES = 64 * 1024
+
+# How many bodies are decompressed at the same time.
+INFLATING = 2
 
 logger = logging.getLogger("darwin.serve")
 
@@ -53,6 +57,13 @@ class Loaded(NamedTuple):
     documents: Documents
 
 
+class Most(NamedTuple):
+    """What one request may bring."""
+
+    body_bytes: int = 64 * 1024 * 1024
+    rows: int = 1_000_000
+
+
 class Service:
     """The model behind the routes: absent until it has loaded and answered its own input example.
 
@@ -60,9 +71,16 @@ class Service:
     """
 
     def __init__(
-        self, limits: Limits, name: str = "model", store: FeatureStore | None = None, meter: Meter | None = None
+        self,
+        limits: Limits,
+        name: str = "model",
+        store: FeatureStore | None = None,
+        meter: Meter | None = None,
+        most: Most = Most(),  # noqa: B008 - it does not change
     ) -> None:
         self.limits = limits
+        self.bodies = Bodies(most.body_bytes)
+        self.most_rows = most.rows
         self.name = name
         self.store = store
         self.meter = meter or Meter(Board(1), 0)
@@ -125,9 +143,12 @@ class Service:
 
 
 class Ask:
-    """One request over HTTP. `rows` is how many rows it asked about, once that is known."""
+    """One request over HTTP. `rows` is how many rows it asked about, once that is known.
 
-    __slots__ = ("headers", "receive", "rows", "scope", "trace")
+    With `closing`, its connection is no good for another.
+    """
+
+    __slots__ = ("closing", "headers", "receive", "rows", "scope", "trace")
 
     def __init__(self, scope: Scope, receive: Receive, headers: Headers, trace: Trace) -> None:
         self.scope = scope
@@ -135,18 +156,7 @@ class Ask:
         self.headers = headers
         self.trace = trace
         self.rows = 0
-
-    async def body(self) -> bytes:
-        """All of it. Raises `ClientDisconnect`."""
-        parts: list[bytes] = []
-        while True:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body: bytes = message.get("body", b"")
-            if not message.get("more_body"):
-                return b"".join([*parts, body]) if parts else body
-            parts.append(body)
+        self.closing = False
 
     async def gone(self) -> bool:
         """Whether the client has left."""
@@ -184,40 +194,49 @@ class Speaking(NamedTuple):
 # What went wrong was the client's or the model's doing, and has been told to the client.
 EXPECTED = (
     *(InputError, Malformed, Refused, NotReady, Overloaded, NotFound),
-    *(protocols.Unsupported, protocols.NotAcceptable, protocols.TooLarge, StoreFailed),
+    *(protocols.Unsupported, protocols.NotAcceptable, TooLarge, StoreFailed),
 )
 
 
 def make_app(service: Service, root_path: str = "") -> ASGIApp:
     """The HTTP application. It works behind a proxy that strips `root_path` and behind one that doesn't."""
     tracer = Tracer()
+    # Each takes a thread, and perhaps a hundred times the memory of what arrived.
+    inflating = asyncio.Semaphore(INFLATING)
     meter, access = service.meter, service.access
 
     async def answer(ask: Ask, read: Read, store: FeatureStore | None = None) -> Reply | Flow:
         """What the model says to what `read` makes of the body, which may name features that are in `store`."""
         model, contract, batcher, _, _ = service.loaded
-        body = await ask.body()
+        try:
+            body = await service.bodies.read(ask.receive, ask.headers)
+        except (TooLarge, Overloaded):
+            ask.closing = True  # there may be more of it
+            raise
         encoding = ask.headers.get(b"content-encoding")
         if encoding is not None:
-            body = await asyncio.to_thread(protocols.decoded, body, encoding)
-        parse = partial(read, body, ask.headers, contract)
+            async with inflating:
+                body = await asyncio.to_thread(protocols.decoded, body, encoding, service.bodies.most)
+
+        def parse(**more: Any) -> Request:
+            request = read(body, ask.headers, contract, **more)
+            if request.rows.count > service.most_rows:
+                raise TooLarge(f"{request.rows.count} rows are more than {service.most_rows} (MAX_ROWS)")
+            return request
+
         large = len(body) > PARSE_ASIDE_BYTES or protocols.inflates(ask.headers)
-        try:
-            if store is not None and b"feature_group" in body:
-                lookup = partial(store.features, trace=ask.trace.headers)
-                request = await store.run(partial(parse, lookup=lookup), service.limits.timeout)
-            elif large and not contract.streams:
-                request = None
-                answered = await batcher.parse_and_predict(parse, len(body), ask.gone)
-            else:
-                request = await asyncio.to_thread(parse) if large else parse()
-            if request is not None and request.stream:
-                return await stream(ask, model, request)
-            if request is not None:
-                answered = await batcher.predict(request, len(body), ask.gone)
-        except Overloaded:
-            meter.rejected()
-            raise
+        if store is not None and b"feature_group" in body:
+            lookup = partial(store.features, trace=ask.trace.headers)
+            request = await store.run(partial(parse, lookup=lookup), service.limits.timeout)
+        elif large and not contract.streams:
+            request = None
+            answered = await batcher.parse_and_predict(parse, len(body), ask.gone)
+        else:
+            request = await asyncio.to_thread(parse) if large else parse()
+        if request is not None and request.stream:
+            return await stream(ask, model, request)
+        if request is not None:
+            answered = await batcher.predict(request, len(body), ask.gone)
         ask.rows = answered.rows
         meter.stages(answered.queued, answered.computed, answered.written)
         reply: Reply = answered.reply
@@ -405,6 +424,9 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         kinds = {"v1": v1, "v2": v2}
         return kinds.get(path[1:].partition("/")[0], other)(refuse)
 
+    async def turn_away(_: Ask) -> Reply:
+        raise Overloaded(1)
+
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         began = perf_counter()
@@ -416,15 +438,19 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         headers = dict(scope["headers"])
         trace = tracer.trace(headers)
         ask = Ask(scope, receive, headers, trace)
+        if "crowded" in scope:  # see darwin_connections
+            ask.closing = True
+            endpoint = endpoint if endpoint.quiet else endpoint._replace(handler=turn_away)
         if endpoint.quiet:
-            await _send(send, ask, await _reply(endpoint, ask), closing=not service.keep_alive)
+            reply = await _reply(endpoint, ask, meter)
+            await _send(send, ask, reply, closing=ask.closing or not service.keep_alive)
             return
         meter.began()
         status = 500
         try:
-            reply = await _reply(endpoint, ask)
+            reply = await _reply(endpoint, ask, meter)
             status = reply.status
-            await _send(send, ask, reply, closing=not service.keep_alive)
+            await _send(send, ask, reply, closing=ask.closing or not service.keep_alive)
         finally:
             seconds = perf_counter() - began
             meter.ended(endpoint.protocol, status, seconds)
@@ -434,7 +460,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
     return app
 
 
-async def _reply(endpoint: Speaking, ask: Ask) -> Reply | Flow:
+async def _reply(endpoint: Speaking, ask: Ask, meter: Meter) -> Reply | Flow:
     try:
         return await endpoint.handler(ask)
     except (ClientDisconnect, Gone):
@@ -443,6 +469,8 @@ async def _reply(endpoint: Speaking, ask: Ask) -> Reply | Flow:
         key = "error" if endpoint.protocol.startswith("kserve") else "detail"
         return Reply(error.status_code, dump({key: error.detail}), headers=tuple((error.headers or {}).items()))
     except Exception as error:
+        if isinstance(error, Overloaded):
+            meter.rejected()
         _log(ask, error)
         return endpoint.word(error)
 

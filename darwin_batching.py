@@ -39,6 +39,11 @@ TURNS, TURNS_IF_EXPECTED = 2, 4
 MOST = 3 / 4
 LINGER_SHARE = 1 / 4
 
+# Who would wait for more than this share of the time a request may take is told to come back later: what is accepted is
+# to be answered in time, though it be reckoned wrong by half.
+WAIT_SHARE = 1 / 2
+FADING = 7 / 8
+
 # A client that has waited longer than this may have given up.
 SUSPECT_SECONDS = 0.25
 
@@ -203,17 +208,25 @@ class Batcher:
         self._looked = 0.0
         self._quiet = 0
         # How many rows were being served when the latest batch was delivered, and when that was; what a batch costs at
-        # least, and what a row costs in it.
+        # least, and what a row costs beyond that: seconds and rows of the latest batches, older ones counting less.
         self._around = 0
         self._delivered = 0.0
         self._batch_seconds = math.inf
-        self._row_seconds = 0.0
+        self._seconds_beyond = self._rows_done = 0.0
 
     @property
     def stuck(self) -> float:
         """For how many seconds one batch has been running, where that is longer than a request may take; else 0."""
         running = asyncio.get_running_loop().time() - self._started if self._running else 0.0
         return running if running > self._limits.timeout else 0.0
+
+    @property
+    def _wait(self) -> float:
+        """The seconds that what waits will take, going by what batches have cost lately; 0 before there was any."""
+        if self._batch_seconds == math.inf:
+            return 0.0
+        batches = len(self._queues) + self._rows / self._limits.batch_rows
+        return batches * self._batch_seconds + self._rows * self._seconds_beyond / self._rows_done
 
     async def predict(self, request: Request, size: int, gone: Callable[[], Awaitable[bool]]) -> Answered:
         """The answer to `request`, of `size` bytes; `gone` tells whether the client still waits.
@@ -246,8 +259,8 @@ class Batcher:
         loop = asyncio.get_running_loop()
         size += REQUEST_BYTES
         full = self._rows + count > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES
-        if full and self._rows:
-            raise Overloaded(max(1, math.ceil(self._rows * self._row_seconds)))
+        if self._rows and (full or self._wait > WAIT_SHARE * self._limits.timeout):
+            raise Overloaded(max(1, math.ceil(self._wait)))
         job = Job(parse, kind, count, size, gone, loop.create_future(), loop.time(), perf_counter())
         self._queues.setdefault(job if kind is None else kind, deque()).append(job)
         self._rows += count
@@ -404,7 +417,8 @@ class Batcher:
     def _learn(self, seconds: float, rows: int) -> None:
         self._around, self._delivered = rows + self._rows, asyncio.get_running_loop().time()
         self._batch_seconds = min(seconds, self._batch_seconds * 1.05 + 1e-6)
-        self._row_seconds += (seconds / rows - self._row_seconds) / 8
+        self._seconds_beyond = self._seconds_beyond * FADING + seconds - self._batch_seconds
+        self._rows_done = self._rows_done * FADING + rows
 
     def _expire(self) -> None:
         """Answer those who have waited too long."""

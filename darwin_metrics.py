@@ -117,6 +117,10 @@ class Meter:
         self._row[_PROTOCOL[protocol] + _STATUS.get(status, _OTHER)] += 1
         _TOTAL[protocol].observe(self._row, seconds)
 
+    def refused(self, status: int) -> None:
+        """A request was so bad that no protocol saw it."""
+        self._row[_PROTOCOL["other"] + _STATUS.get(status, _OTHER)] += 1
+
     def stages(self, queue: float, inference: float, encode: float) -> None:
         _STAGE["queue"].observe(self._row, queue)
         _STAGE["inference"].observe(self._row, inference)

@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 import pandas as pd
 
-from darwin_batching import MAX_QUEUE_BYTES, Overloaded, Request, TooSlow
+from darwin_batching import Overloaded, Request, TooSlow
 from darwin_cells import MOST_DEPTH, InputError, ParamsError, Spec, nested_too_deep, refuse
 from darwin_json import Unwritable, dump, plain
 from darwin_model import PredictionFailed, Refused
@@ -50,6 +50,10 @@ INFLATION = 100
 # A Parquet file can hold any number of equal cells, of any length, in a few bytes.
 MOST_CELLS = 4_000_000
 MOST_PARQUET_BYTES = 64 * 1024 * 1024
+
+
+# Each takes at least 56 bytes of memory, and two of the body.
+MOST_CONTAINERS = 4_000_000
 
 
 class Malformed(ValueError):
@@ -103,15 +107,15 @@ Read = Callable[[bytes, Headers, Contract], Request]
 # Every protocol
 
 
-def decoded(body: bytes, encoding: bytes) -> bytes:
-    """`body` without its Content-Encoding. Raises `Unsupported`, `Malformed` or `TooLarge`."""
+def decoded(body: bytes, encoding: bytes, most: int) -> bytes:
+    """`body` without its Content-Encoding, of at most `most` bytes. Raises `Unsupported`, `Malformed` or `TooLarge`."""
     name = encoding.strip().lower()
     if name in (b"", b"identity"):
         return body
     if name not in (b"gzip", b"x-gzip", b"deflate"):
         raise Unsupported(f"Content-Encoding {_shown(encoding)} is not supported: send gzip, deflate, or none")
     unzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # which of both it is, the first bytes tell
-    most = min(MAX_QUEUE_BYTES, INFLATION * len(body) + 1024 * 1024)
+    most = min(most, INFLATION * len(body) + 1024 * 1024)
     try:
         plain_body = unzip.decompress(body, most)
     except zlib.error as error:
@@ -189,6 +193,8 @@ def read_object(body: bytes, plan: Plan, read: Callable[[dict[str, Any]], Reques
 
 
 def _loaded(load: Callable[[bytes], Any], body: bytes) -> Any:
+    if len(body) > MOST_CONTAINERS and body.count(b"{") + body.count(b"[") > MOST_CONTAINERS:
+        raise TooLarge(f"the body has more than {MOST_CONTAINERS} arrays and objects")
     try:
         return load(body)
     except (ValueError, RecursionError) as error:

@@ -19,6 +19,12 @@ Environment (empty means unset):
                           rows that go to the model at once, 256, and that may wait, 100000
   FAST_PATH               auto or off: call the model directly where that is proven to answer what MLflow answers
   VERIFY                  size, sha256 or off: how to compare the files with what was downloaded, before loading
+  MAX_BODY_MB, MAX_ROWS   what one request may bring: 64 MiB of body, 1000000 rows
+  MAX_HEADER_KB           how large a request's head may be, 32 KiB
+  MAX_CONNECTIONS         connections that are served at the same time, for each worker; 1000
+  RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS
+                          how long a client may take to send a request, and to read the answer; 60 each
+  KEEP_ALIVE_SECONDS      how long a connection may stay open without a request; 75
   DRAIN_SECONDS           how long requests are still taken after SIGTERM, while /ready says no; 5
   SERVING_MODEL_CONFIG    JSON object, the model_config of MLflow models that read one
   LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME
@@ -38,6 +44,7 @@ import logging
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -57,6 +64,7 @@ import darwin_manifest
 import darwin_memory
 import darwin_transfer
 import darwin_workers
+from darwin_connections import Bounds, Door
 from darwin_cpus import cpu_limit, default_workers, share_cpus
 from darwin_env import Reader
 from darwin_log import Redactor, RoleError, log_settings, run_role
@@ -74,6 +82,9 @@ LINGER_SECONDS = 1.0
 
 # What a process needs, beyond answering its last request and draining, to end.
 SPARE_SECONDS = 5.0
+
+# What a process has open besides its connections: libraries, the model's files, pipes.
+SPARE_FILES = 512
 
 # How `supervise` starts a worker that loads by itself: with this, its number, and the file descriptors of the listener,
 # of what is counted, and of the channel.
@@ -102,6 +113,13 @@ class Settings:
     batch_rows: int
     queue_rows: int
     fast_path: bool
+    body_bytes: int
+    rows: int
+    head_bytes: int
+    connections: int
+    receive_seconds: float
+    send_seconds: float
+    keep_alive_seconds: float
     drain_seconds: float
     verify: str
 
@@ -131,6 +149,14 @@ class Settings:
             batch_rows=read.integer("MAX_BATCH_ROWS", 256, least=1),
             queue_rows=read.integer("MAX_QUEUE_ROWS", 100_000, least=1),
             fast_path=read.choice("FAST_PATH", "auto", ("auto", "off")) == "auto",
+            body_bytes=round(read.number("MAX_BODY_MB", 64, least=0.001) * 1024**2),
+            rows=read.integer("MAX_ROWS", 1_000_000, least=1),
+            head_bytes=read.integer("MAX_HEADER_KB", 32, least=1) * 1024,
+            connections=read.integer("MAX_CONNECTIONS", 1000, least=1),
+            receive_seconds=read.number("RECEIVE_TIMEOUT_SECONDS", 60, least=0.001),
+            send_seconds=read.number("SEND_TIMEOUT_SECONDS", 60, least=0.001),
+            # Longer than the 60 s of common proxies: a connection that we close while they send on it fails a request.
+            keep_alive_seconds=read.number("KEEP_ALIVE_SECONDS", 75, least=0.001),
             drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
             verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
         )
@@ -231,23 +257,26 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
 
     What it counts is row `number` of `board`.
     """
-    from darwin_app import Service, make_app
+    from darwin_app import Most, Service, make_app
     from darwin_batching import Limits
     from darwin_features import FeatureStore
 
     limits = Limits(settings.batch_rows, settings.queue_rows, settings.request_timeout)
+    bounds = Bounds(settings.head_bytes, settings.connections, settings.receive_seconds, settings.send_seconds)
     store = FeatureStore(settings.store_url, settings.store_admin_url) if settings.store_url else None
-    service = Service(limits, settings.model_name, store, Meter(board, number))
+    most = Most(settings.body_bytes, settings.rows)
+    service = Service(limits, settings.model_name, store, Meter(board, number), most)
     config = uvicorn.Config(
         make_app(service, settings.root_path),
         loop="uvloop",
-        http="httptools",
-        ws="none",  # there is no route for it, and a library for it may come along with a model
+        http=Door(bounds, service.meter.refused).protocol(),
+        ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,  # nothing here depends on who asks
         server_header=False,
+        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # which is for a timer
         # A client that stops half-way through its request must not hold up the end.
         timeout_graceful_shutdown=math.ceil(settings.request_timeout) + 1,
     )
@@ -358,11 +387,22 @@ def serve_together(settings: Settings, directory: Path) -> None:
         darwin_workers.supervise(settings.workers, job, arriving)
 
 
+def _allow_files(connections: int) -> None:
+    """Have as many open files as that takes, or as many as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
 def serve(read: Reader, redact: Redactor) -> None:
     """Serve until a signal comes. Raises `RoleError` if the model, or the port, can't be had."""
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
     share_cpus(settings.workers, cpu_limit(), os.environ)
+    _allow_files(2 * settings.connections)
     downloaded = contextlib.nullcontext(Path()) if settings.model_path else darwin_fetch.scratch()
     with downloaded as directory:
         (serve_alone if settings.workers == 1 else serve_together)(settings, directory)

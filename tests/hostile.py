@@ -146,6 +146,9 @@ def answered(request: Request) -> None:
         raise AssertionError("zeros can be written") from error
 
 
+# Of a body once it is decompressed.
+MOST_BYTES = 64 * 1024 * 1024
+
 Read = Callable[[bytes, Headers, Contract], Request]
 
 
@@ -176,7 +179,8 @@ def _binary(data: bytes) -> None:
 
 def _encoded(data: bytes) -> None:
     try:
-        body = protocols.decoded(data[1:], (b"gzip", b"deflate", b"x-gzip ", b"br")[data[0] % 4] if data else b"")
+        encoding = (b"gzip", b"deflate", b"x-gzip ", b"br")[data[0] % 4] if data else b""
+        body = protocols.decoded(data[1:], encoding, MOST_BYTES)
     except EXPECTED:
         return
     assert len(body) <= protocols.INFLATION * len(data) + 1024 * 1024

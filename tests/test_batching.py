@@ -225,6 +225,34 @@ def test_what_is_too_much_is_turned_away_and_the_rest_answered() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("batching", [True, False])
+def test_who_would_wait_too_long_is_told_so_at_once(batching: bool) -> None:
+    async def test() -> None:
+        bench = Bench(Limits(timeout=8, batch_rows=2), batching=batching)
+        first, gate = await bench.occupied()
+        bench.batcher._learn(1.0, 1)  # as if a batch had just taken a second
+        accepted: list[Any] = []
+        while True:
+            newest = bench.ask(len(accepted))
+            await asyncio.sleep(0)
+            if newest.done():
+                break
+            accepted.append(newest)
+        with pytest.raises(Overloaded) as refused:
+            await newest
+        gate.set()
+        await asyncio.gather(first, *accepted)
+        # A second for a batch, four are half of the time; batched, two rows are one.
+        assert len(accepted) == pytest.approx(4 * (2 if batching else 1), abs=3)
+        assert 4 <= refused.value.retry_after <= 6
+        # What it was reckoned by is forgotten once batches have been quick again.
+        for number in range(200):
+            assert await bench.ask(number) == f"[{number * 2.0}]".encode()
+        assert bench.batcher._wait == 0
+
+    run(test)
+
+
 def test_large_bodies_count_by_their_size() -> None:
     async def test() -> None:
         bench = Bench()

@@ -234,6 +234,8 @@ AMBIGUOUS = {
     "a verb that is none": get(b"/version", verb=b"FOO"),
     "a verb in lower case": get(b"/version", verb=b"get"),
     "a long verb": get(b"/version", verb=b"A" * 10_000),
+    "HTTP/0.9": b"GET /version\r\n\r\n",
+    "HTTP/2.0 in the old form": get(b"/version", version=b"HTTP/2.0"),
     "HTTP/1.2": get(b"/version", version=b"HTTP/1.2"),
     "HTTP/3": get(b"/version", version=b"HTTP/3"),
     "HTTP/01.1": get(b"/version", version=b"HTTP/01.1"),
@@ -275,8 +277,6 @@ CLEAR: dict[str, tuple[bytes, list[int | None]]] = {
         [200, None],
     ),
     "chunks of HTTP/1.0": (chunked(CHUNK).replace(b"HTTP/1.1", b"HTTP/1.0") + VERSION, [200, None]),
-    "HTTP/0.9": (b"GET /version\r\n\r\n" + VERSION, [200, None]),
-    "HTTP/2.0 in the old form": (get(b"/version", version=b"HTTP/2.0") + VERSION, [200, None]),
     "another protocol's version": (get(b"/version", version=b"RTSP/1.0") + VERSION, [200, None]),
     "a length between tabs": (post(b"Content-Length:\t%d\t\r\n" % SIZE, length=False), [200]),
     "a length that is none": (post(b"Content_Length: 0\r\n"), [200]),
@@ -333,9 +333,6 @@ def test_each_request_has_one_answer(server: Callable[[str], Served], what: str)
             assert (answer.status, answer.headers["x-request-id"]) == (200, "the-next")
 
 
-# Until the server's own protocol declines them.
-declines = pytest.mark.skipif(not (ROOT / "darwin_connections.py").exists(), reason="needs darwin_connections")
-
 OFFERS = {
     "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
     "websocket": b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
@@ -353,7 +350,6 @@ def test_another_protocol_is_declined(server: Callable[[str], Served], offer: st
         assert answer.status == 200
 
 
-@declines
 @pytest.mark.parametrize("offer", OFFERS)
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_body_is_a_body_also_where_another_protocol_is_offered(
@@ -376,7 +372,6 @@ def test_a_body_is_a_body_also_where_another_protocol_is_offered(
                 assert (first.status, second.headers["x-request-id"]) == (status, "the-next")
 
 
-@declines
 def test_what_follows_a_proxy_s_verb_is_no_request(server: Callable[[str], Served]) -> None:
     served = server("iris")
     for target in (b"/predict", b"x:80"):
@@ -385,7 +380,6 @@ def test_what_follows_a_proxy_s_verb_is_no_request(server: Callable[[str], Serve
             assert wire.answers() in ([400], [405], [])
 
 
-@declines
 def test_trailers_are_no_headers(server: Callable[[str], Served]) -> None:
     served = server("iris")
     trailer = b"X-Request-ID: trailed\r\nContent-Encoding: gzip\r\nAccept: text/csv\r\nExpect: 100-continue\r\n"

@@ -28,7 +28,21 @@ import darwin_v2
 from darwin_app import EXPECTED
 from darwin_plan import Contract, ParamPlan, Rows, plan_of
 from darwin_protocols import Malformed, TooLarge
-from tests.hostile import CASES, CONTRACTS, CSV, NAMES, PARQUET, TARGETS, TOKENS, VALUES, Read, ask, requests, table
+from tests.hostile import (
+    CASES,
+    CONTRACTS,
+    CSV,
+    MOST_BYTES,
+    NAMES,
+    PARQUET,
+    TARGETS,
+    TOKENS,
+    VALUES,
+    Read,
+    ask,
+    requests,
+    table,
+)
 from tests.tensors import binary
 
 MORE = int(os.environ.get("EXAMPLES", 0))
@@ -219,7 +233,7 @@ def test_what_is_compressed_is_what_was_sent(given: tuple[list[dict[str, Any]], 
     body = json.dumps(given[1]).encode() * 10
     packs: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}
     for name, pack in packs.items():
-        assert protocols.decoded(pack(body), name.encode()) == body
+        assert protocols.decoded(pack(body), name.encode(), MOST_BYTES) == body
 
 
 @bounded
@@ -328,7 +342,7 @@ def ask_and_word(read: Read, body: bytes, headers: Any, contract: Contract) -> b
 def test_what_is_decompressed_is_in_proportion(data: bytes, zeros: int, encoding: bytes) -> None:
     packed = (gzip.compress if encoding == b"gzip" else zlib.compress)(data + bytes(zeros), 9)
     try:
-        found = protocols.decoded(packed, encoding)
+        found = protocols.decoded(packed, encoding, MOST_BYTES)
     except TooLarge:
         assert len(data) + zeros > protocols.INFLATION * len(packed)
     else:

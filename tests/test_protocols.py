@@ -288,3 +288,11 @@ def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
         else:
             with pytest.raises(InputError, match="no such number has this type exactly"):
                 read(rows)
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b"[[1]],"])
+def test_what_would_take_far_more_memory_than_its_size_is_not_parsed(piece: bytes) -> None:
+    body = b'{"instances":[' + piece * protocols.MOST_CONTAINERS + b"0]}"
+    plan = plan_of([{"type": "double", "name": "a"}])
+    with pytest.raises(protocols.TooLarge, match="more than 4000000 arrays and objects"):
+        protocols.read_object(body, plan, lambda _: pytest.fail("it was parsed"))
