@@ -29,6 +29,7 @@ from darwin_cells import InputError
 from darwin_docs import Documents
 from darwin_features import FeatureStore
 from darwin_json import dump
+from darwin_keys import Forbidden, Guard, Needs, Unauthorized
 from darwin_metrics import Board, Meter
 from darwin_model import Model, Refused
 from darwin_plan import Contract
@@ -67,7 +68,8 @@ class Most(NamedTuple):
 class Service:
     """The model behind the routes: absent until it has loaded and answered its own input example.
 
-    `name` is what protocols with names call the model, `store` where features can be looked up, if anywhere.
+    `name` is what protocols with names call the model, `store` where features can be looked up, if anywhere, and
+    `guard` says who may ask, if not everybody.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Service:
         store: FeatureStore | None = None,
         meter: Meter | None = None,
         most: Most = Most(),  # noqa: B008 - it does not change
+        guard: Guard | None = None,
     ) -> None:
         self.limits = limits
         self.bodies = Bodies(most.body_bytes)
@@ -84,6 +87,7 @@ class Service:
         self.name = name
         self.store = store
         self.meter = meter or Meter(Board(1), 0)
+        self.guard = guard
         self.access = AccessLog()
         self.inference = InferenceThread()
         self.streams = darwin_streaming.Streams()
@@ -103,7 +107,14 @@ class Service:
         about = about or About()
         contract = model.contract(self.name, about.version)
         # Once, for the input example can be large.
-        documents = Documents.of(contract, example_rows(model), about, VERSION, features=self.store is not None)
+        documents = Documents.of(
+            contract,
+            example_rows(model),
+            about,
+            VERSION,
+            features=self.store is not None,
+            needs=self.guard.needs if self.guard else Needs(),
+        )
         batcher = Batcher(
             model.predict, self.inference, self.limits, batching=batching, on_hang=on_hang, watcher=self.meter
         )
@@ -194,7 +205,7 @@ class Speaking(NamedTuple):
 # What went wrong was the client's or the model's doing, and has been told to the client.
 EXPECTED = (
     *(InputError, Malformed, Refused, NotReady, Overloaded, NotFound),
-    *(protocols.Unsupported, protocols.NotAcceptable, TooLarge, StoreFailed),
+    *(Unauthorized, Forbidden, protocols.Unsupported, protocols.NotAcceptable, TooLarge, StoreFailed),
 )
 
 
@@ -203,7 +214,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
     tracer = Tracer()
     # Each takes a thread, and perhaps a hundred times the memory of what arrived.
     inflating = asyncio.Semaphore(INFLATING)
-    meter, access = service.meter, service.access
+    meter, access, guard = service.meter, service.access, service.guard
 
     async def answer(ask: Ask, read: Read, store: FeatureStore | None = None) -> Reply | Flow:
         """What the model says to what `read` makes of the body, which may name features that are in `store`."""
@@ -441,6 +452,9 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         if "crowded" in scope:  # see darwin_connections
             ask.closing = True
             endpoint = endpoint if endpoint.quiet else endpoint._replace(handler=turn_away)
+        # Before anything of the body is read, and in the words of the protocol, also where there is no route.
+        if guard is not None and (error := guard.refusal(scope, headers, path)) is not None:
+            endpoint = endpoint._replace(handler=partial(_refuse, error))
         if endpoint.quiet:
             reply = await _reply(endpoint, ask, meter)
             await _send(send, ask, reply, closing=ask.closing or not service.keep_alive)
@@ -472,7 +486,12 @@ async def _reply(endpoint: Speaking, ask: Ask, meter: Meter) -> Reply | Flow:
         if isinstance(error, Overloaded):
             meter.rejected()
         _log(ask, error)
-        return endpoint.word(error)
+        reply = endpoint.word(error)
+        return reply._replace(headers=error.challenges) if isinstance(error, Unauthorized) else reply
+
+
+async def _refuse(error: Exception, _: Ask) -> Reply:
+    raise error
 
 
 def _log(ask: Ask, error: Exception) -> None:
@@ -509,7 +528,7 @@ async def _send(send: Send, ask: Ask, reply: Reply | Flow, *, closing: bool) -> 
 
 async def _pour(send: Send, ask: Ask, flow: Flow, *, closing: bool) -> None:
     """Send the pieces of `flow` as they come, until the client leaves or does not read for too long."""
-    head = [*_head(flow.media_type, (), ask.trace, closing=closing), (b"cache-control", b"no-store")]
+    head = _head(flow.media_type, (), ask.trace, closing=closing)
     await send({"type": "http.response.start", "status": flow.status, "headers": head})
     left = asyncio.ensure_future(ask.receive())
     pieces = aiter(flow.pieces)

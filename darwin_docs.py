@@ -19,6 +19,7 @@ import darwin_protocols as protocols
 import darwin_v2
 from darwin_cells import Spec
 from darwin_json import dump
+from darwin_keys import Needs
 from darwin_plan import ColumnPlan, Contract, HintedPlan, Rows, describe
 from darwin_protocols import Reply
 from darwin_startup import About
@@ -38,24 +39,28 @@ class Documents:
     _about: About
     _version: str
     _features: bool
+    _needs: Needs
 
     @classmethod
-    def of(cls, contract: Contract, example: Rows | None, about: About, version: str, *, features: bool) -> Documents:
+    def of(
+        cls, contract: Contract, example: Rows | None, about: About, version: str, *, features: bool, needs: Needs
+    ) -> Documents:
         """For the model that `contract` and `about` describe, on the server's `version`; `example` is its own input.
 
-        `features` tells whether there is a feature store to ask.
+        `features` tells whether there is a feature store to ask, `needs` what requests need.
         """
         sample = contract.plan.sample(example)
         flavor = about.flavors[0] if about.flavors else "pyfunc"
         return cls(
             protocols.schema(contract, example),
             darwin_v2.model_metadata(contract, flavor),
-            _page(contract, sample, about, version),
+            _page(contract, sample, about, version, needs),
             contract,
             sample,
             about,
             version,
             features,
+            needs,
         )
 
     def openapi(self, root_path: str) -> Reply:
@@ -68,6 +73,7 @@ class Documents:
             root_path=root_path,
             features=self._features,
             chat=self._about.chat,
+            needs=self._needs,
         )
         return Reply(200, dump(document))
 
@@ -81,12 +87,12 @@ def _template() -> tuple[str, str]:
     digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (script, style)]
     policy = (
         f"default-src 'none'; script-src 'sha256-{digests[0]}'; style-src 'sha256-{digests[1]}'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return text, policy
 
 
-def _page(contract: Contract, sample: Any, about: About, version: str) -> Reply:
+def _page(contract: Contract, sample: Any, about: About, version: str, needs: Needs) -> Reply:
     plan = contract.plan
     columns = isinstance(plan, ColumnPlan) and not isinstance(plan, HintedPlan) and plan.named
     told = {
@@ -116,6 +122,8 @@ def _page(contract: Contract, sample: Any, about: About, version: str) -> Reply:
         "method": contract.method,
         "signature": [*_signature("input", contract.plan.specs), *_signature("output", contract.outputs)],
         "files": about.files,
+        "key": needs.key,
+        "certificate": needs.certificate,
         "routes": [
             ("Darwin", "POST /predict, GET /schema"),
             ("MLflow", "POST /invocations, GET /ping, GET /version"),
@@ -129,7 +137,8 @@ def _page(contract: Contract, sample: Any, about: About, version: str) -> Reply:
     # Nothing in it may end the element that it is in.
     described = dump(page).decode().replace("<", "\\u003c")
     body = text.replace("{{MODEL}}", described).encode()
-    return Reply(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
+    headers = {"Content-Security-Policy": policy, "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
+    return Reply(200, body, "text/html; charset=utf-8", tuple(headers.items()))
 
 
 def _field(spec: Spec) -> dict[str, Any]:

@@ -53,6 +53,11 @@ def mask_uri(text: str) -> str:
     return _SIGNED_QUERY.sub(rf"\1{_MASK}", _USERINFO.sub(_MASK, text))
 
 
+def _is_secret(name: str) -> bool:
+    """Whether the variable of that name holds a secret, and not only says where one is."""
+    return bool(_SECRET_NAME.search(name)) and not name.upper().endswith(("_FILE", "_PATH"))
+
+
 class Redactor:
     """Replaces secrets in text: credentials in URIs, signatures, auth headers, and the values of secret variables."""
 
@@ -61,7 +66,7 @@ class Redactor:
         for name, value in environ.items():
             value = value.strip()
             # A value of a few characters would blank out half of every line, and protects nothing.
-            if _SECRET_NAME.search(name) and len(value) >= 4 and not name.upper().endswith(("_FILE", "_PATH")):
+            if _is_secret(name) and len(value) >= 4:
                 values |= {value, urllib.parse.quote(value, safe=""), base64.b64encode(value.encode()).decode()}
         user, password = environ.get("MLFLOW_TRACKING_USERNAME", ""), environ.get("MLFLOW_TRACKING_PASSWORD", "")
         if password:
@@ -135,7 +140,7 @@ def set_up(read: Reader) -> Redactor:
 
 def log_settings(seen: Mapping[str, object], redact: Redactor) -> None:
     """One line with every effective setting, secrets masked."""
-    shown = {name: _MASK if value and _SECRET_NAME.search(name) else value for name, value in seen.items()}
+    shown = {name: _MASK if value and _is_secret(name) else value for name, value in seen.items()}
     logger.info("settings: %s", redact(" ".join(f"{name}={value}" for name, value in shown.items())))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from darwin_keys import Needs
 from darwin_plan import Contract, HintedPlan
 from darwin_protocols import CHAT, CSV, JSON, METHOD, PARQUET
 from darwin_v2 import tensors
@@ -20,6 +21,12 @@ _ERRORS = {
     500: "the model failed",
     503: "the model is not loaded, or more requests wait than may wait: Retry-After says when to come back",
     504: "the model did not answer in time",
+}
+
+# What comes back to those who are not let in, where that is asked.
+_REFUSALS = {
+    401: "there is no key in the request, or one that is not valid: WWW-Authenticate says how to give one",
+    403: "the connection has no client certificate",
 }
 
 _PROBLEM: Schema = {
@@ -84,12 +91,13 @@ def document(
     root_path: str,
     features: bool,
     chat: Any,
+    needs: Needs,
 ) -> Schema:
     """The document. `sample` is `features` for one row; `features` tells whether a feature store is there to ask.
 
-    `chat` is a body that goes to the model as it is, if it takes such.
+    `chat` is a body that goes to the model as it is, if it takes such; `needs` is what requests need.
     """
-    return {
+    whole = {
         "openapi": "3.1.0",
         "info": {"title": title, "description": description, "version": version},
         "servers": [{"url": root_path or "/"}],
@@ -102,6 +110,31 @@ def document(
         },
         "components": {"schemas": {**_SCHEMAS, "Row": _row(contract), "Params": _params(contract)}},
     }
+    if needs.key or needs.certificate:
+        _secure(whole, needs)
+    return whole
+
+
+def _secure(whole: Schema, needs: Needs) -> None:
+    """Put into the document how one gets in, and what those are told who don't."""
+    certificate = {"certificate": {"type": "mutualTLS"}} if needs.certificate else {}
+    keys = {"bearer": {"type": "http", "scheme": "bearer"}, "basic": {"type": "http", "scheme": "basic"}}
+    whole["components"]["securitySchemes"] = {**certificate, **(keys if needs.key else {})}
+    # Either kind of key, with the certificate if one is needed.
+    both: Schema = {name: [] for name in certificate}
+    whole["security"] = [{**both, key: []} for key in keys] if needs.key else [both]
+    refusals = [status for status, is_needed in ((401, needs.key), (403, needs.certificate)) if is_needed]
+    for path, operations in whole["paths"].items():
+        for verb, operation in operations.items():
+            if path in needs.exempt:
+                operation["security"] = []
+                continue
+            for status in refusals:
+                told: Schema = {"description": _REFUSALS[status]}
+                if verb == "post":
+                    # As the protocol puts all else that goes wrong.
+                    told["content"] = {JSON: operation["responses"]["500"]["content"][JSON]}
+                operation["responses"][str(status)] = told
 
 
 def _ref(name: str) -> Schema:

@@ -23,6 +23,7 @@ import pandas as pd
 from darwin_batching import Overloaded, Request, TooSlow
 from darwin_cells import MOST_DEPTH, InputError, ParamsError, Spec, nested_too_deep, refuse
 from darwin_json import Unwritable, dump, plain
+from darwin_keys import Forbidden, Unauthorized
 from darwin_model import PredictionFailed, Refused
 from darwin_plan import Contract, Plan, Rows, describe
 
@@ -50,7 +51,6 @@ INFLATION = 100
 # A Parquet file can hold any number of equal cells, of any length, in a few bytes.
 MOST_CELLS = 4_000_000
 MOST_PARQUET_BYTES = 64 * 1024 * 1024
-
 
 # Each takes at least 56 bytes of memory, and two of the body.
 MOST_CONTAINERS = 4_000_000
@@ -530,7 +530,8 @@ def mlflow_failure(error: Exception) -> Reply:
     if isinstance(error, Overloaded):
         return busy({"error_code": "RESOURCE_EXHAUSTED", "message": str(error)}, error)
     if status := status_of(error):
-        return _mlflow(status, "BAD_REQUEST", str(error))
+        codes = {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED"}
+        return _mlflow(status, codes.get(status, "BAD_REQUEST"), str(error))
     return _mlflow(500, "INTERNAL_ERROR", f"Prediction failed: {cause(error)}")
 
 
@@ -574,7 +575,8 @@ def kserve_failure(error: Exception) -> Reply:
 
 def status_of(error: Exception) -> int | None:
     """The status of an error that all protocols have in common."""
-    kinds = {NotFound: 404, NotAcceptable: 406, TooLarge: 413, Unsupported: 415}
+    kinds: dict[type[Exception], int]
+    kinds = {Unauthorized: 401, Forbidden: 403, NotFound: 404, NotAcceptable: 406, TooLarge: 413, Unsupported: 415}
     return kinds.get(type(error))
 
 

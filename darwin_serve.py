@@ -27,6 +27,12 @@ Environment (empty means unset):
   KEEP_ALIVE_SECONDS      how long a connection may stay open without a request; 75
   DRAIN_SECONDS           how long requests are still taken after SIGTERM, while /ready says no; 5
   SERVING_MODEL_CONFIG    JSON object, the model_config of MLflow models that read one
+  API_KEYS_FILE           a file with keys, one a line; then requests need one of them
+  TLS_CERT_FILE, TLS_KEY_FILE
+                          the certificate and key to serve HTTPS with, instead of HTTP
+  TLS_CLIENT_CA_FILE      whose certificates clients need
+  AUTH_EXEMPT             what needs neither key nor certificate: probes,metrics, one of them, or none
+  CORS_ORIGINS            origins whose pages may ask from a browser, such as https://app.example, or *
   LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME
                           info; text or json (json unless ENV is local, dev or development); a name for each line
 
@@ -59,9 +65,12 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+import darwin_cors
 import darwin_fetch
+import darwin_keys
 import darwin_manifest
 import darwin_memory
+import darwin_tls
 import darwin_transfer
 import darwin_workers
 from darwin_connections import Bounds, Door
@@ -85,6 +94,9 @@ SPARE_SECONDS = 5.0
 
 # What a process has open besides its connections: libraries, the model's files, pipes.
 SPARE_FILES = 512
+
+# Of every answer: it is what it says it is, and nobody keeps it.
+HEADERS = [("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
 
 # How `supervise` starts a worker that loads by itself: with this, its number, and the file descriptors of the listener,
 # of what is counted, and of the channel.
@@ -122,6 +134,9 @@ class Settings:
     keep_alive_seconds: float
     drain_seconds: float
     verify: str
+    tls: darwin_tls.Context | None
+    guard: darwin_keys.Guard | None
+    origins: tuple[str, ...]
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
@@ -132,6 +147,7 @@ class Settings:
             read.problem("MODEL_LOCAL_PATH", "is not set, and MLFLOW_MODEL_URI neither", example="/models")
         root_path = read.text("ROOT_PATH").strip("/")
         timeout = read.number("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", 60, least=0.001)
+        tls = darwin_tls.from_env(read)
         settings = cls(
             model_path=Path(path) if path else None,
             model_uri=uri,
@@ -159,6 +175,9 @@ class Settings:
             keep_alive_seconds=read.number("KEEP_ALIVE_SECONDS", 75, least=0.001),
             drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
             verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
+            tls=tls,
+            guard=darwin_keys.from_env(read, certificates=tls is not None and tls.asks_certificate),
+            origins=darwin_cors.from_env(read),
         )
         urls = {"FEATURE_STORE_URL": settings.store_url, "OFS_ADMIN_URL": settings.store_admin_url}
         for name, url in urls.items():
@@ -265,18 +284,21 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
     bounds = Bounds(settings.head_bytes, settings.connections, settings.receive_seconds, settings.send_seconds)
     store = FeatureStore(settings.store_url, settings.store_admin_url) if settings.store_url else None
     most = Most(settings.body_bytes, settings.rows)
-    service = Service(limits, settings.model_name, store, Meter(board, number), most)
+    service = Service(limits, settings.model_name, store, Meter(board, number), most, settings.guard)
+    app, tls = make_app(service, settings.root_path), settings.tls
     config = uvicorn.Config(
-        make_app(service, settings.root_path),
-        loop="uvloop",
+        darwin_cors.shared(app, settings.origins) if settings.origins else app,
+        loop="darwin_tls:Loop",
         http=Door(bounds, service.meter.refused).protocol(),
-        ws="none",
+        ws="none",  # there is no route for it, and a library for it may come along with a model
+        ssl_context_factory=(lambda *_: tls) if tls else None,
         lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,  # nothing here depends on who asks
         server_header=False,
         timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # which is for a timer
+        headers=HEADERS,
         # A client that stops half-way through its request must not hold up the end.
         timeout_graceful_shutdown=math.ceil(settings.request_timeout) + 1,
     )
@@ -423,7 +445,10 @@ def serve_as_worker(read: Reader, _: Redactor) -> None:
 @contextlib.contextmanager
 def listening(settings: Settings) -> Iterator[socket.socket]:
     with bind(settings.host, settings.port) as listener:
-        logger.info("listening on http://%s", _address(settings.host, listener.getsockname()[1]))
+        scheme = "https" if settings.tls else "http"
+        logger.info("listening on %s://%s", scheme, _address(settings.host, listener.getsockname()[1]))
+        if settings.tls:
+            settings.tls.log_expiry()
         yield listener
 
 

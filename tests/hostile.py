@@ -20,7 +20,7 @@ import numpy as np
 import darwin_features
 import darwin_protocols as protocols
 import darwin_v2
-from darwin_app import EXPECTED
+from darwin_app import EXPECTED, Most
 from darwin_batching import Request
 from darwin_json import Unwritable
 from darwin_plan import Contract, ParamPlan, plan_of
@@ -146,9 +146,6 @@ def answered(request: Request) -> None:
         raise AssertionError("zeros can be written") from error
 
 
-# Of a body once it is decompressed.
-MOST_BYTES = 64 * 1024 * 1024
-
 Read = Callable[[bytes, Headers, Contract], Request]
 
 
@@ -180,7 +177,7 @@ def _binary(data: bytes) -> None:
 def _encoded(data: bytes) -> None:
     try:
         encoding = (b"gzip", b"deflate", b"x-gzip ", b"br")[data[0] % 4] if data else b""
-        body = protocols.decoded(data[1:], encoding, MOST_BYTES)
+        body = protocols.decoded(data[1:], encoding, Most().body_bytes)
     except EXPECTED:
         return
     assert len(body) <= protocols.INFLATION * len(data) + 1024 * 1024

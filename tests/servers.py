@@ -23,27 +23,28 @@ from darwin_batching import Limits
 from tests.conftest import ROOT, clean_environ, wait_until
 from tests.models import model_path
 
-_LISTENING = re.compile(r'listening on (http://[^\s"]+)')
+_LISTENING = re.compile(r'listening on (https?://[^\s"]+)')
 
 
 @dataclass
 class Served:
-    """The role, running. `lines` is its log so far."""
+    """The role, running. `lines` is its log so far, `options` what requests to it need besides."""
 
     process: subprocess.Popen[str]
     reader: threading.Thread
     url: str = ""
     lines: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def log(self) -> str:
         return "".join(self.lines)
 
     def get(self, path: str, **options: Any) -> requests.Response:
-        return requests.get(self.url + path, timeout=60, **options)
+        return requests.get(self.url + path, timeout=60, **(self.options | options))
 
     def post(self, path: str, json: Any = None, **options: Any) -> requests.Response:
-        return requests.post(self.url + path, json=json, timeout=60, **options)
+        return requests.post(self.url + path, json=json, timeout=60, **(self.options | options))
 
     def listening(self) -> bool:
         """Whether the log says where it listens; `url` is then known."""
@@ -66,10 +67,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(path: Path | None = None, *, wait: bool = True, code: int = 0, **env: object) -> Iterator[Served]:
+def serving(
+    path: Path | None = None, *, wait: bool = True, code: int = 0, options: dict[str, Any] | None = None, **env: object
+) -> Iterator[Served]:
     """`python darwin_serve.py` on a free port, ready to predict; it must end with `code` when asked to.
 
-    With `wait=False` it may still be loading, and only has to listen.
+    With `wait=False` it may still be loading, and only has to listen. `options` are what requests to it need besides.
     """
     if path is not None:
         env["MODEL_LOCAL_PATH"] = path
@@ -83,7 +86,7 @@ def serving(path: Path | None = None, *, wait: bool = True, code: int = 0, **env
     lines: list[str] = []
     reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
     reader.start()
-    served = Served(process, reader, lines=lines)
+    served = Served(process, reader, lines=lines, options=options or {})
     try:
         wait_until(served.listening, "listening")
         if wait:
@@ -115,12 +118,11 @@ def switching(limits: Limits | None = None, **options: Any) -> Iterator[Callable
 
 
 @contextlib.contextmanager
-def in_thread(app: Any) -> Iterator[str]:
-    """`app` on a real uvicorn in a thread of this process; yields its base URL."""
+def in_thread(app: Any, **options: Any) -> Iterator[str]:
+    """`app` on a real uvicorn in a thread of this process, with `options` of its; yields its base URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(app, loop="uvloop", http="httptools", lifespan="off", log_config=None, access_log=False)
-    )
+    usual = {"loop": "uvloop", "http": "httptools", "lifespan": "off", "log_config": None, "access_log": False}
+    server = uvicorn.Server(uvicorn.Config(app, **(usual | options)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -19,11 +20,13 @@ import jsonschema  # type: ignore[import-untyped]
 import kubernetes_validate  # type: ignore[import-untyped]
 import mlflow.environment_variables
 import pytest
+import trustme
 import yaml
 from packaging.requirements import Requirement
 
 import cleanup
 import darwin_model
+import darwin_serve
 import darwin_transfer
 import download
 from darwin_env import Reader
@@ -644,6 +647,52 @@ def test_kustomize_puts_what_is_changed_where_it_belongs(tmp_path: Path) -> None
     files = [text(DEPLOY / file, instead) for file in manifest("kustomization.yaml", "Kustomization")["resources"]]
     wanted = [one for file in files for one in yaml.safe_load_all(file)]
     assert sorted(yaml.safe_load_all(made), key=str) == sorted(wanted, key=str)
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, for the real kustomize")
+@pytest.mark.parametrize("file", SERVING)
+def test_the_component_lets_in_whom_it_says(file: str, tmp_path: Path) -> None:
+    copied = shutil.copytree(DEPLOY, tmp_path / "deploy") / "kustomization.yaml"
+    text = copied.read_text().replace("- pvc.yaml ", f"- {file} ")
+    assert "# components: [access]" in text
+    copied.write_text(text.replace("# components: [access]", "components: [access]"))
+    made = subprocess.run(["kubectl", "kustomize", copied.parent], capture_output=True, text=True, check=True).stdout
+    documents = list(yaml.safe_load_all(made))
+    for document, version in itertools.product(documents, (OLDEST, NEWEST)):
+        validate(document, version)
+    [deployment] = [one for one in documents if one["kind"] == "Deployment"]
+    spec = deployment["spec"]["template"]["spec"]
+    [main] = spec["containers"]
+    assert {one["name"] for one in main["env"]} <= read_by("main").keys()
+
+    # The files that the README's Secrets have are where the settings look for them.
+    secrets = dict(re.findall(r"kubectl create secret (?:generic|tls) (\S+) (--\S+=.*?)(?:  |$)", README, re.MULTILINE))
+    issued = trustme.CA().issue_cert("model-server")
+    content = {
+        "api-keys": b"x" * 32,
+        "tls.crt": issued.cert_chain_pems[0].bytes(),
+        "tls.key": issued.private_key_pem.bytes(),
+    }
+    environ = values(main)
+    for name, mount in mounts(main).items():
+        [secret] = [one["secret"] for one in spec["volumes"] if one["name"] == name and "secret" in one] or [None]
+        if secret:
+            assert mount["readOnly"]
+            assert "subPath" not in mount
+            # Others in the pod can't read it, and fsGroup can.
+            assert (secret["defaultMode"], spec["securityContext"]["fsGroup"]) == (0o440, 10001)
+            (tmp_path / name).mkdir()
+            for found in re.findall(r"[\w-]+\.?\w+(?=$| )", secrets[secret["secretName"]]):
+                (tmp_path / name / found).write_bytes(content[found])
+            environ = {key: value.replace(mount["mountPath"], str(tmp_path / name)) for key, value in environ.items()}
+    settings = darwin_serve.Settings.from_env(Reader(environ))
+    assert settings.tls is not None
+    assert settings.guard is not None
+
+    probes = [main[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert {probe["scheme"] for probe in probes} == {"HTTPS"}
+    assert {probe["path"] for probe in probes} <= settings.guard.needs.exempt
+    assert deployment["spec"]["template"]["metadata"]["annotations"]["prometheus.io/scheme"] == "https"
 
 
 # What there is to change

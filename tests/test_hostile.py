@@ -391,6 +391,37 @@ def test_trailers_are_no_headers(server: Callable[[str], Served]) -> None:
         assert answer.headers["x-request-id"] != "trailed"
 
 
+BESIDE = {
+    "an endless trailer": b"%x\r\n%b\r\n0\r\nA: " % (SIZE, GOOD),
+    "many trailers": b"%x\r\n%b\r\n0\r\n" % (SIZE, GOOD),
+    "an endless extension": b"%x;" % SIZE,
+    "long extensions": b"",
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_comes_beside_a_body_has_an_end(server: Callable[[str], Served], what: str) -> None:
+    served = server("iris")
+    more = {"many trailers": b"A: b\r\n", "long extensions": b"1;%b\r\nx\r\n" % (b"x" * 500)}.get(what, b"x")
+
+    def pour(wire: Wire) -> None:
+        wire.socket.sendall(chunked(BESIDE[what]))
+        for _ in range(200):
+            wire.socket.sendall(more * (2**18 // len(more)))
+
+    with unharmed(served, 20 * 1024 * 1024), Wire(served.url) as wire, pytest.raises(ConnectionError):
+        pour(wire)
+
+
+def test_chunks_may_be_small(server: Callable[[str], Served]) -> None:
+    body = GOOD + b" " * 100_000
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\nA: b\r\n\r\n"
+    with Wire(server("iris").url) as wire:
+        wire.send(chunked(chunks) + VERSION)
+        answers = [wire.answer(), wire.answer()]
+        assert [answer and answer.status for answer in answers] == [200, 200]
+
+
 # Bodies
 
 DEEP = 100_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -14,6 +15,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 import darwin_model
 from darwin_app import VERSION, Service, make_app
 from darwin_batching import Limits
+from darwin_keys import EXEMPTIBLE, Guard, Keys
 from tests.conftest import ROOT
 from tests.models import BUILDERS, IRIS, model_path
 from tests.servers import in_thread
@@ -109,6 +111,44 @@ def test_it_tells_where_it_is_shown() -> None:
             whole = document(base)
             assert whole["servers"] == [{"url": "/models/iris"}]
             assert "/v2/models/iris/infer" in whole["paths"]
+
+
+@pytest.mark.parametrize(("key", "certificate"), [(True, False), (False, True), (True, True)])
+def test_it_tells_how_one_gets_in(tmp_path: Path, key: bool, certificate: bool) -> None:
+    (tmp_path / "keys").write_text("a-key-for-the-document\n")
+    keys = Keys(tmp_path / "keys") if key else None
+    service = Service(Limits(), guard=Guard(keys, certificates=certificate, exempt=EXEMPTIBLE["probes"]))
+    service.use(darwin_model.load(model_path("iris")))
+    whole = json.loads(service.loaded.documents.openapi("").body)
+    OpenAPIV31SpecValidator(whole).validate()
+    schemes: dict[str, Any] = {"bearer": ("http", "bearer"), "basic": ("http", "basic")} if key else {}
+    schemes |= {"certificate": ("mutualTLS", None)} if certificate else {}
+    told = whole["components"]["securitySchemes"]
+    assert {name: (each["type"], each.get("scheme")) for name, each in told.items()} == schemes
+    # What is in one object is needed together; one of the objects will do.
+    alternatives: list[set[str]] = [{"bearer"}, {"basic"}] if key else [set()]
+    both = {"certificate"} if certificate else set()
+    assert [set(each) for each in whole["security"]] == [each | both for each in alternatives]
+    refusals = ({"401"} if key else set()) | ({"403"} if certificate else set())
+    with in_thread(make_app(service)) as url:
+        for path, operations in whole["paths"].items():
+            is_open = path in EXEMPTIBLE["probes"]
+            for verb, operation in operations.items():
+                assert operation.get("security") == ([] if is_open else None)
+                assert operation["responses"].keys() & {"401", "403"} == (set() if is_open else refusals)
+                # And so it is.
+                answer = requests.request(verb, url + path, timeout=60)
+                assert (answer.status_code in (401, 403)) == (not is_open), path
+                if verb == "post":
+                    content = operation["responses"][str(answer.status_code)]["content"]["application/json"]
+                    jsonschema.validate(answer.json(), resolver(whole, content["schema"]))
+
+
+def test_nothing_is_needed_by_default(ours: Callable[[str], str]) -> None:
+    whole = document(ours("iris"))
+    assert "security" not in whole
+    assert "securitySchemes" not in whole["components"]
+    assert not any(op["responses"].keys() & {"401", "403"} for ops in whole["paths"].values() for op in ops.values())
 
 
 def test_versions_agree() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import trustme
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -18,8 +25,9 @@ from selenium.webdriver.common.keys import Keys
 import darwin_model
 from darwin_app import Service, make_app
 from darwin_batching import Limits
-from tests.conftest import ROOT, program, wait_until
+from tests.conftest import ROOT, http_server, program, wait_until
 from tests.models import BUILDERS, IRIS, model_path
+from tests.mounts import Mount, public_key
 from tests.servers import in_thread, serving
 
 pytestmark = pytest.mark.usefixtures("serving_environment")
@@ -31,6 +39,13 @@ Browser = Any
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+@contextlib.contextmanager
+def chromium(profile: Path, *more: str) -> Iterator[Browser]:
+    """A browser of its own, started with `more` switches."""
     options = webdriver.ChromeOptions()
     options.binary_location = program("chromium", "chromium")
     for switch in (
@@ -38,14 +53,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         *("disable-background-networking", "disable-component-update", "disable-sync", "window-size=1100,1500"),
         # Whatever isn't this machine does not exist.
         "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+        f"user-data-dir={profile}",
+        *more,
     ):
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService(program("chromedriver", "chromium-driver"))
     driver = webdriver.Chrome(options, service)
-    yield driver
-    driver.quit()
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 def element(browser: Browser, selector: str) -> Any:
@@ -255,6 +273,102 @@ def test_it_tells_what_the_model_is(browser: Browser, tmp_path: Path) -> None:
         wait_for(browser, "#answer", "predicted_class")
         if os.environ.get("SCREENSHOT"):  # for the README
             browser.save_screenshot(str(SCREENSHOT))
+
+
+# Behind keys, certificates and other origins
+
+KEY = "correct-horse-battery-staple"
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """A page of another origin."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>elsewhere</title>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def fetched(browser: Browser, url: str, headers: dict[str, str], body: str | None) -> Any:
+    """The status, the id and the text that a script in the page gets of `url`, or the name of the error."""
+    script = """
+        const [url, headers, body, done] = arguments;
+        fetch(url, body === null ? {headers} : {method: "POST", headers, body})
+          .then(async answer => done([answer.status, answer.headers.get("X-Request-ID"), await answer.text()]))
+          .catch(error => done([error.name, "", ""]));
+    """
+    return browser.execute_async_script(script, url, headers, body)
+
+
+def test_behind_keys_over_https_and_from_another_origin(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    issued = ca.issue_cert("127.0.0.1")
+    cert = issued.cert_chain_pems[0].bytes()
+    mount = Mount(tmp_path / "secret", tls_crt=cert, tls_key=issued.private_key_pem.bytes(), ca_crt=ca.cert_pem.bytes())
+    (tmp_path / "keys").write_text(KEY)
+    # The browser trusts that one key, and verifies all else as ever.
+    pinned = base64.b64encode(hashlib.sha256(public_key(cert)).digest()).decode()
+    with contextlib.ExitStack() as stack:
+        friend, stranger = (stack.enter_context(http_server(Elsewhere)) for _ in range(2))
+        settings: dict[str, Any] = {
+            "API_KEYS_FILE": tmp_path / "keys",
+            "TLS_CERT_FILE": mount / "tls.crt",
+            "TLS_KEY_FILE": mount / "tls.key",
+            "CORS_ORIGINS": friend,
+        }
+        options = {"verify": str(mount / "ca.crt")}
+        served = stack.enter_context(serving(model_path("iris"), WORKERS=1, options=options, **settings))
+        switch = f"ignore-certificate-errors-spki-list={pinned}"
+        browser = stack.enter_context(chromium(tmp_path / "profile", switch))
+
+        # Pages of others first, for a login stays with a browser.
+        bearer = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        body = json.dumps({"features": IRIS})
+        browser.get(friend)
+        status, request_id, text = fetched(browser, f"{served.url}/predict", bearer, body)
+        assert (status, json.loads(text)) == (200, {"scores": [1]})
+        assert request_id, "what is exposed can be read"
+        assert fetched(browser, f"{served.url}/schema", {}, None)[0] == 401
+        assert fetched(browser, f"{served.url}/nowhere", bearer, None)[0] == 404
+        browser.get(stranger)
+        assert fetched(browser, f"{served.url}/predict", bearer, body) == ["TypeError", "", ""]
+
+        # The page is not shown without a login, nor with a wrong one.
+        browser.get(f"{served.url}/docs")
+        assert browser.find_elements(By.CSS_SELECTOR, "#send") == []
+        browser.get(served.url.replace("//", "//me:not-one-of-the-keys@") + "/docs")
+        assert browser.find_elements(By.CSS_SELECTOR, "#send") == []
+
+        # A login goes along with what the page asks for, also where it stands in the address.
+        browser.get_log("browser")
+        for address in (served.url.replace("//", f"//me:{KEY}@"), served.url):
+            browser.get(f"{address}/docs")
+            element(browser, "#send").click()
+            assert '"scores"' in wait_for(browser, "#answer", "scores")
+            element(browser, "#send-many").click()
+            wait_for(browser, "#status-many", "200")
+        assert complaints(browser) == []
+        element(browser, "#routes a").click()
+        wait_until(lambda: "openapi.json" in browser.current_url, "the document")
+        assert "securitySchemes" in element(browser, "body").text
+
+        # What it shows for a terminal and for Python works there.
+        browser.get(f"{served.url}/docs")
+        curl, python = (element(browser, at).get_attribute("textContent") for at in ("#curl", "#python"))
+        assert KEY not in curl + python
+        environ = {"API_KEY": KEY, "PATH": os.environ["PATH"]}
+        assert curl.startswith("# If the server's certificate is of a CA of your own: --cacert ca.crt\ncurl https://")
+        curl = curl.replace("\ncurl ", f"\n{program('curl', 'curl')} -s --cacert {mount / 'ca.crt'} ")
+        said = subprocess.run(["sh", "-c", curl], env=environ, capture_output=True, text=True, check=True)
+        assert json.loads(said.stdout) == {"scores": [0]}
+        python = python.replace("json=body", f"json=body, verify={str(mount / 'ca.crt')!r}")
+        said = subprocess.run([sys.executable, "-c", python], env=environ, capture_output=True, text=True, check=True)
+        assert said.stdout == "{'scores': [0]}\n"
+        assert KEY not in served.log
 
 
 HTML = {"Accept": "text/html, */*;q=0.8"}

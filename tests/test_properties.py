@@ -25,14 +25,13 @@ from hypothesis import strategies as st
 
 import darwin_protocols as protocols
 import darwin_v2
-from darwin_app import EXPECTED
+from darwin_app import EXPECTED, Most
 from darwin_plan import Contract, ParamPlan, Rows, plan_of
 from darwin_protocols import Malformed, TooLarge
 from tests.hostile import (
     CASES,
     CONTRACTS,
     CSV,
-    MOST_BYTES,
     NAMES,
     PARQUET,
     TARGETS,
@@ -233,7 +232,7 @@ def test_what_is_compressed_is_what_was_sent(given: tuple[list[dict[str, Any]], 
     body = json.dumps(given[1]).encode() * 10
     packs: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}
     for name, pack in packs.items():
-        assert protocols.decoded(pack(body), name.encode(), MOST_BYTES) == body
+        assert protocols.decoded(pack(body), name.encode(), Most().body_bytes) == body
 
 
 @bounded
@@ -342,7 +341,7 @@ def ask_and_word(read: Read, body: bytes, headers: Any, contract: Contract) -> b
 def test_what_is_decompressed_is_in_proportion(data: bytes, zeros: int, encoding: bytes) -> None:
     packed = (gzip.compress if encoding == b"gzip" else zlib.compress)(data + bytes(zeros), 9)
     try:
-        found = protocols.decoded(packed, encoding, MOST_BYTES)
+        found = protocols.decoded(packed, encoding, Most().body_bytes)
     except TooLarge:
         assert len(data) + zeros > protocols.INFLATION * len(packed)
     else:
