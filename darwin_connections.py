@@ -282,9 +282,9 @@ class Connection(HttpToolsProtocol):
             if self.pipeline or not self.cycle.more_body:
                 self.cycle.keep_alive = False
                 return
-            if self.cycle.response_started:
-                self.transport.close()
-                return
+        if self.cycle is not None and not self._in_head and self.cycle.response_started:
+            self.transport.close()  # it has its answer
+            return
         self.door.refused(refused.status)
         body = f"{refused}\n".encode()
         usual = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
