@@ -11,7 +11,8 @@ BASE := build/base.tar
 STORAGE := build/storage.conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients run test test-all test-image image-report soak fuzz lint bench wheelhouse base-image lock clean
+.PHONY: help setup clients run test test-all test-image image-report rollouts soak soak-serve soak-cache fuzz lint bench \
+  wheelhouse base-image lock clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 16
@@ -72,7 +73,15 @@ test-image: $(READY) $(BASE) $(STORAGE)  ## Build the image, and run its roles a
 image-report: $(READY) $(BASE) $(STORAGE)  ## Compare the image's size and packages with what others install, as root
 	$(BIN)/python -m image.report
 
-soak: $(READY)  ## Run the cache's simulation for a million steps, STEPS and SEED say otherwise
+rollouts: $(READY)  ## Restart servers under load 20 times, RESTARTS says otherwise; no request may fail
+	RESTARTS=$(or $(RESTARTS),20) $(BIN)/pytest tests/test_rollout.py $(ARGS)
+
+soak: soak-cache soak-serve  ## Run both of these
+
+soak-serve: $(READY)  ## Serve mixed traffic for half an hour, MINUTES says otherwise; nothing may grow
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
+
+soak-cache: $(READY)  ## Run the cache's simulation for a million steps, STEPS and SEED say otherwise
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1)
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1) --no-locks
 
@@ -85,7 +94,7 @@ lint: $(READY)  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## Compare with other servers on two cores, about an hour; ARGS="--cases logistic-32" for some of it
+bench: $(READY)  ## Compare with other servers on two cores, an hour and a half; ARGS="--cases logistic-32" for some of it
 	$(BIN)/python -m bench $(ARGS)
 
 lock: $(READY)  ## Pin and hash dependencies, keeping what is pinned already; UPGRADE=1 takes the newest that pyproject.toml allows

@@ -228,6 +228,12 @@ class Batcher:
         batches = len(self._queues) + self._rows / self._limits.batch_rows
         return batches * self._batch_seconds + self._rows * self._seconds_beyond / self._rows_done
 
+    def check(self, count: int, size: int) -> None:
+        """Raise `Overloaded` if a request of so many rows and bytes that came now would not be let in."""
+        full = self._rows + count > self._limits.queue_rows or self._bytes + size + REQUEST_BYTES > MAX_QUEUE_BYTES
+        if self._rows and (full or self._wait > WAIT_SHARE * self._limits.timeout):
+            raise Overloaded(max(1, math.ceil(self._wait)))
+
     async def predict(self, request: Request, size: int, gone: Callable[[], Awaitable[bool]]) -> Answered:
         """The answer to `request`, of `size` bytes; `gone` tells whether the client still waits.
 
@@ -256,11 +262,9 @@ class Batcher:
         size: int,
         gone: Callable[[], Awaitable[bool]],
     ) -> Answered:
+        self.check(count, size)
         loop = asyncio.get_running_loop()
         size += REQUEST_BYTES
-        full = self._rows + count > self._limits.queue_rows or self._bytes + size > MAX_QUEUE_BYTES
-        if self._rows and (full or self._wait > WAIT_SHARE * self._limits.timeout):
-            raise Overloaded(max(1, math.ceil(self._wait)))
         job = Job(parse, kind, count, size, gone, loop.create_future(), loop.time(), perf_counter())
         self._queues.setdefault(job if kind is None else kind, deque()).append(job)
         self._rows += count

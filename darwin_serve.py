@@ -257,14 +257,28 @@ class Server(uvicorn.Server):
         """End, because the model does not."""
         self.hung = self.should_exit = self.service.draining = True
 
+    def _protocol(self) -> asyncio.Protocol:
+        """What uvicorn makes for each connection."""
+        make: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return made
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, and answer also those who were accepted but whose request has not arrived yet."""
+        # Others may serve those who wait to be accepted, if this one can't.
+        able = self.service.is_loaded and not self.hung
+        # Unless somebody has them, the system resets their connections when the port closes.
+        waiting = [client for listener in sockets or () for client in _accepted(listener)] if able else []
         for server in self.servers:
             server.close()
         for listener in sockets or ():
             listener.close()
         self.closed()
         end = time.monotonic() + LINGER_SECONDS
+        join = partial(asyncio.get_running_loop().connect_accepted_socket, self._protocol, ssl=self.config.ssl)
+        joining = asyncio.gather(*(join(client) for client in waiting), return_exceptions=True)
+        with contextlib.suppress(asyncio.TimeoutError):  # who does not get to speak in time
+            await asyncio.wait_for(joining, LINGER_SECONDS)
         while time.monotonic() < end:
             await asyncio.sleep(0.01)
             if all(getattr(connection, "cycle", True) for connection in self.server_state.connections):
@@ -273,6 +287,14 @@ class Server(uvicorn.Server):
         self.service.access.flush()
         if self.service.store:
             self.service.store.close()
+
+
+def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """The connections that wait at `listener`."""
+    listener.setblocking(False)
+    with contextlib.suppress(BlockingIOError, ConnectionError):
+        while True:
+            yield listener.accept()[0]
 
 
 def make_server(settings: Settings, board: Board, number: int = 0, closed: Callable[[], None] = lambda: None) -> Server:

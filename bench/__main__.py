@@ -13,14 +13,27 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import cases, downloads, envs, liveness, machine, memory, report, samples, startup, throughput
+from bench import (
+    cases,
+    downloads,
+    envs,
+    liveness,
+    machine,
+    memory,
+    overload,
+    report,
+    rollout,
+    samples,
+    startup,
+    throughput,
+)
 from bench.outcome import Outcome, or_void
 from bench.servers import OURS, SERVERS
 from bench.throughput import LIMITS, Throughput
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
-_CASES = (*cases.NAMES, *downloads.NAMES)
+_CASES = (*cases.NAMES, *cases.TROUBLES, *downloads.NAMES)
 _PEERS = tuple(dict.fromkeys(name for name in (*SERVERS, *LIMITS) if name != OURS))
 
 
@@ -42,6 +55,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=_some_of(_PEERS), help=f"only these of {','.join(_PEERS)}")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (5)")
     parser.add_argument("--seconds", type=int, default=5, help="how long each time (5)")
+    parser.add_argument("--overload-seconds", type=int, default=60, help="how long an overload lasts (60)")
+    parser.add_argument("--restarts", type=int, default=20, help="how often servers are restarted under load (20)")
     parser.add_argument(
         "--write", action="store_true", help=f"write to {RESULTS.name} even if not everything is measured"
     )
@@ -61,12 +76,17 @@ def main() -> int:
     cached = downloads.run(of_cache, asked.rounds) if of_cache else []
     machine.stay_on_load_core()
     served = _run(names, peers, loads, asked.rounds, asked.seconds)
-    sys.stdout.write(report.table([*served, *cached]))
-    if served and (asked.write or not (asked.cases or asked.peers)):
-        RESULTS.write_text(report.document(served, asked.rounds, asked.seconds))
-    if cached and (asked.write or not (asked.cases or asked.peers)):
-        RESULTS.write_text(report.with_downloads(RESULTS.read_text(), cached, asked.rounds))
-    return 0 if all(outcome.met for outcome in [*served, *cached]) else 1
+    troubled = _trouble(names, peers, asked.rounds, asked.overload_seconds, asked.restarts)
+    everything = [*served, *troubled, *cached]
+    sys.stdout.write(report.table(everything))
+    if asked.write or not (asked.cases or asked.peers):
+        if served:
+            RESULTS.write_text(report.document(served, asked.rounds, asked.seconds, RESULTS.read_text()))
+        if troubled:
+            RESULTS.write_text(report.with_troubles(RESULTS.read_text(), troubled, asked.rounds))
+        if cached:
+            RESULTS.write_text(report.with_downloads(RESULTS.read_text(), cached, asked.rounds))
+    return 0 if all(outcome.met for outcome in everything) else 1
 
 
 def _with(case: Throughput, peers: list[str]) -> Throughput:
@@ -83,6 +103,8 @@ def _prepare(names: list[str], peers: list[str], loads: list[Throughput]) -> Non
     models += [startup.MODEL] if cases.START in names else []
     models += [memory.MODEL] if cases.MEMORY in names else []
     models += [liveness.SLOW_MODEL, liveness.FAST_MODEL] if cases.LIVENESS in names else []
+    models += [overload.SLOW_MODEL, overload.FAST_MODEL] if cases.OVERLOAD in names else []
+    models += [rollout.MODEL] if cases.SHUTDOWN in names else []
     samples.ensure(list(dict.fromkeys(models)))
 
 
@@ -96,6 +118,11 @@ def _run(names: list[str], peers: list[str], loads: list[Throughput], rounds: in
     if cases.LIVENESS in names:
         outcomes += liveness.run(mlflow, rounds, seconds, cases.LIVENESS_AT_MOST_MS)
     return outcomes
+
+
+def _trouble(names: list[str], peers: list[str], rounds: int, seconds: int, restarts: int) -> list[Outcome]:
+    outcomes = overload.run(peers, rounds, seconds, cases.OVERLOAD_BARS) if cases.OVERLOAD in names else []
+    return [*outcomes, *(rollout.run(peers, restarts) if cases.SHUTDOWN in names else [])]
 
 
 if __name__ == "__main__":

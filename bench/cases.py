@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.overload import Bars
 from bench.throughput import BARE, BARE_BATCHES, Throughput
 
 # Batching makes a lonely request wait for company, so peers do it only where there is some. BentoML adapts itself.
@@ -100,4 +101,14 @@ MEMORY_AT_MOST = 1.25
 LIVENESS = "liveness"
 LIVENESS_AT_MOST_MS = 50
 
+# What is left of a server's peak under ten times the load, and how it treats the rest.
+OVERLOAD = "overload"
+OVERLOAD_BARS = Bars(share=0.85, refusal_ms=50, growth_mib=64, recovery_seconds=1)
+
+# Requests that fail while one server replaces another, or when a worker dies.
+SHUTDOWN = "shutdown"
+
 NAMES = (*(case.name for case in THROUGHPUT), START, MEMORY, LIVENESS)
+
+# Those have a part of their own in the results.
+TROUBLES = (OVERLOAD, SHUTDOWN)

@@ -17,6 +17,9 @@ _OUR_LOCKS = [ROOT / "requirements" / f"{name}.txt" for name in ("runtime", "skl
 
 _VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
 
+# As image/install.sh does: MLflow asks whether there is a databricks.agents, and counts on a databricks to look into.
+_NAMESPACE = "import pathlib, sysconfig as s; pathlib.Path(s.get_path('purelib'), 'databricks').mkdir(exist_ok=True)"
+
 
 def locks(name: str) -> list[Path]:
     """The files that pin everything in the environment `name`."""
@@ -45,6 +48,8 @@ def ensure(name: str) -> None:
     pip = [str(python(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     wanted = [part for lock in locks(name) for part in ("-r", str(lock))]
     _run([*pip, "--only-binary=:all:", "--require-hashes", "--no-deps", *wanted])
+    if name == OURS:
+        _run([str(python(name)), "-c", _NAMESPACE])
     stamp.write_text(digest(name))
 
 

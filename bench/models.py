@@ -3,11 +3,12 @@
 `python -m bench.models DIRECTORY NAME...` saves each model as MLflow's users do, to DIRECTORY/NAME, and beside it
 
 - NAME.json: columns, rows, and the prediction for each row, which answers are compared with;
-- NAME.joblib: the scikit-learn models once more, for servers that read no MLflow models.
+- NAME.joblib: the scikit-learn models and the slow one once more, for servers that read no MLflow models.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -27,6 +28,9 @@ from sklearn.datasets import load_iris, make_classification
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from xgboost import XGBClassifier
+
+# By the name under which it is also found by the server that loads it.
+sys.path.append(str(Path(__file__).with_name("peers")))
 
 SEED = 1
 
@@ -126,11 +130,14 @@ def _save_slow(directory: Path) -> None:
     mlflow.pyfunc.save_model(
         directory / "slow",
         python_model=Path(__file__).with_name("slow_model.py"),
-        signature=infer_signature(rows, [1.0]),
+        signature=infer_signature(rows, [0.0]),
         input_example=rows,
         pip_requirements=["pandas"],
     )
-    _write_sample(directory, "slow", rows, [1.0])
+    # By the name under which the server that loads it finds it.
+    sys.path.append(str(Path(__file__).with_name("peers")))
+    joblib.dump(importlib.import_module("slow_estimator").Slow(), directory / "slow.joblib")
+    _write_sample(directory, "slow", rows, [0.0])
 
 
 def _write_sample(directory: Path, name: str, rows: pd.DataFrame, predictions: list[float]) -> None:

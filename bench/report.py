@@ -38,8 +38,8 @@ def _met(row: Row) -> str:
     return {True: "yes", False: "**no**", None: ""}[row.met]
 
 
-def document(outcomes: Sequence[Outcome], rounds: int, seconds: int) -> str:
-    """RESULTS.md."""
+def document(outcomes: Sequence[Outcome], rounds: int, seconds: int, before: str) -> str:
+    """RESULTS.md made anew, with the parts that are not about `outcomes` as they were `before`."""
     bars = [row.met for outcome in outcomes for row in outcome.rows if row.met is not None]
     parts = [
         "# Results",
@@ -54,27 +54,63 @@ def document(outcomes: Sequence[Outcome], rounds: int, seconds: int) -> str:
         "\n".join(f"- {name}: {value}" for name, value in machine.describe().items()),
         "## Again",
         _AGAIN.strip(),
+        *(part for title in (_TROUBLES, _DOWNLOADS) if (part := _part(before, title))),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+_TROUBLES = "## Overload and restarts"
 _DOWNLOADS = "## Downloads and the cache"
+
+
+def with_troubles(document: str, outcomes: Sequence[Outcome], rounds: int) -> str:
+    """RESULTS.md with the part that `outcomes` are about made anew."""
+    made = _made(_TROUBLES, outcomes, _TROUBLES_METHOD.format(rounds=rounds))
+    return _joined(document, made, _part(document, _DOWNLOADS))
 
 
 def with_downloads(document: str, outcomes: Sequence[Outcome], rounds: int) -> str:
     """RESULTS.md with the part that `outcomes` are about made anew; it is the last."""
+    made = _made(_DOWNLOADS, outcomes, _DOWNLOADS_METHOD.format(rounds=rounds))
+    return _joined(document, _part(document, _TROUBLES), made)
+
+
+def _made(title: str, outcomes: Sequence[Outcome], method: str) -> str:
     bars = [row.met for outcome in outcomes for row in outcome.rows if row.met is not None]
-    parts = [
-        document.partition(_DOWNLOADS)[0].rstrip(),
-        _DOWNLOADS,
-        (
-            f"{sum(bars)} of {len(bars)} bars are met, on the same kind of machine: "
-            f"{', '.join(machine.describe().values())}."
-        ),
-        table(outcomes).rstrip(),
-        _DOWNLOADS_METHOD.format(rounds=rounds).strip(),
-    ]
-    return "\n\n".join(parts) + "\n"
+    where = ", ".join(machine.describe().values())
+    met = f"{sum(bars)} of {len(bars)} bars are met, on the same kind of machine: {where}."
+    return "\n\n".join([title, met, table(outcomes).rstrip(), method.strip()])
+
+
+def _part(document: str, title: str) -> str:
+    """From `title` to the next title of its kind, or nothing."""
+    _, found, rest = document.partition(title)
+    text, _, _ = rest.partition("\n## ")
+    return f"{found}{text}".rstrip() if found else ""
+
+
+def _joined(document: str, *parts: str) -> str:
+    begin = min((at for title in (_TROUBLES, _DOWNLOADS) if (at := document.find(title)) >= 0), default=len(document))
+    return "\n\n".join([document[:begin].rstrip(), *(part for part in parts if part)]) + "\n"
+
+
+_TROUBLES_METHOD = """
+- The model counts in Python for 10 ms a row, and none of the servers puts its rows together. The peak is what a few
+  connections that wait for their answers get; then ten times as many requests are sent by the clock, each over a
+  connection that is free, or else a new one, whatever becomes of those before. No two ask for the same, and every
+  answer is compared. What is answered with 200 after the time a request may take, and a tenth of a second for the way,
+  is late; a client that has waited for five seconds more gives up, and was never answered. MLServer knows no such time.
+- At the end all connections are closed at once, and lone requests are sent one after the other until one takes no more
+  than twice as long as before.
+- Memory is the resident size of all processes of the server.
+- With the logistic regression, wrk asks over 32 and over 320 connections in turn, {rounds} times for 5 s. The figures
+  are medians.
+- For a restart another server is started, and gets its share of the requests when the route named has answered with
+  200; then the first is told to end (SIGTERM), and gets its share until that route has failed five times in a row, a
+  fifth of a second apart, as the endpoints of a pod in a cluster lag behind. 16 clients send some 300 requests a second
+  over connections that stay open. None is sent twice. A failed one was refused, got no or a wrong answer, or its
+  connection broke.
+"""
 
 
 _DOWNLOADS_METHOD = """
@@ -127,6 +163,6 @@ With two cores and [wrk](https://github.com/wg/wrk) (`apt-get install wrk`):
 ```sh
 make bench                                                 # everything; this file is made anew
 make bench ARGS="--cases logistic-32 --rounds 1 --peers mlflow,echo"   # a part of it, printed only
-make bench ARGS="--cases download-large,download-small --write"        # a part of it, and its part of this file
+make bench ARGS="--cases overload,shutdown --write"        # a part of it, and its part of this file; downloads likewise
 ```
 """

@@ -9,14 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench import BUILD, ROOT, envs
 
 MODELS = BUILD / "models"
 
-_MAKERS = [Path(__file__).with_name(name) for name in ("models.py", "slow_model.py")]
+_MAKERS = [ROOT / "bench" / name for name in ("models.py", "slow_model.py", "peers/slow_estimator.py")]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ def _mlserver(target: Target) -> dict[str, str]:
         "MLSERVER_MODEL_NAME": "model",
         "MLSERVER_MODEL_IMPLEMENTATION": "mlserver_sklearn.SKLearnModel",
         "MLSERVER_MODEL_URI": f"{target.directory}.joblib",
+        "PYTHONPATH": str(PEERS),  # for what of the model is code
     }
 
 

@@ -562,6 +562,8 @@ def test_more_than_may_wait_is_told_when_to_come_back(tmp_path: Path) -> None:
         mlflow = served.post("/invocations", {"dataframe_records": [features]})
         assert (mlflow.status_code, mlflow.headers["Retry-After"]) == (503, "1")
         assert mlflow.json()["error_code"] == "RESOURCE_EXHAUSTED"
+        # What would be refused anyway is not even parsed.
+        assert served.post("/predict", data=b"no JSON").status_code == 503
         assert served.get("/ready").status_code == 200
         leave.touch()
         waited = next(other for other in others if other.result() is not refused).result()
