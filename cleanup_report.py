@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
 from prometheus_client.exposition import basic_auth_handler, default_handler
 
-from darwin_log import mask_uri
+from darwin_log import hide
 
 JOB = "darwin_model_cache_cleanup"
 
@@ -52,7 +52,7 @@ def publish(result: Mapping[str, float], textfile: str, pushgateway: str) -> Non
         if pushgateway:
             _push(pushgateway, registry)
     except Exception as error:  # whatever it is, the cleanup is done
-        logger.warning("cannot push to PUSHGATEWAY_URL=%s: %s", mask_uri(pushgateway), error)
+        logger.warning("cannot push to PUSHGATEWAY_URL=%s: %s", hide(pushgateway), error)
 
 
 def _push(uri: str, registry: CollectorRegistry) -> None:

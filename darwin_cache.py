@@ -39,13 +39,13 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import darwin_disk
-from darwin_log import RoleError
-from darwin_manifest import Manifest, summary
+from darwin_log import RoleError, mask_uri
+from darwin_manifest import MANIFEST_BYTES, Manifest, summary
 
 TAG_NAME = "CACHEDIR.TAG"
 TAG_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
@@ -60,6 +60,9 @@ _LEASE = re.compile(r"(?P<pod>.+)\.(?P<uid>[0-9a-f-]{36}|-)\.[0-9a-f]{16}\.(?P<k
 
 # By a rename onto something that is there, in the words of one file system or another.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+# More than a lock or a ref has.
+_NOTE_BYTES = 1 << 16
 
 # A downloader shows this often that it is alive, and is taken for dead after so much silence.
 HEARTBEAT_SECONDS = 5.0
@@ -192,6 +195,15 @@ def manifest_of(model: Path) -> Manifest | None:
         return None
 
 
+def damage_of(model: Path, verify: str) -> list[str] | None:
+    """What is wrong with the entry whose model is in the directory `model`, see `Cache.damage`; None where that is no
+    entry of a cache."""
+    if verify == "off" or is_key(model.parent.name):
+        return [] if verify == "off" else _damage(model.parent, verify)
+    manifest = manifest_of(model)  # an entry that is mounted under another name
+    return _differences(manifest, model.parent, verify) if manifest else None
+
+
 def make_key(identity: Mapping[str, str], listing: Sequence[tuple[str, int | None]]) -> str:
     """The key of a model: 64 hex digits over its resolved identity and its files' (path, size)."""
     content = json.dumps([sorted(identity.items()), sorted(listing, key=lambda file: file[0])], separators=(",", ":"))
@@ -256,10 +268,8 @@ class Cache:
                 raise NotACache(f"{self.root / name} is not a directory of the cache; remove it by hand")
 
     def _is_tagged(self) -> bool:
-        with contextlib.suppress(OSError):
-            descriptor = os.open(self.root / TAG_NAME, os.O_RDONLY | os.O_NOFOLLOW)
-            with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
-                return file.read(len(TAG_SIGNATURE)) == TAG_SIGNATURE
+        with contextlib.suppress(OSError), darwin_disk.open_regular(self.root / TAG_NAME) as file:
+            return file.read(len(TAG_SIGNATURE)) == TAG_SIGNATURE.encode()
         return False
 
     def now(self) -> float:
@@ -308,7 +318,12 @@ class Cache:
 
     def touch(self, key: str) -> None:
         """Note that the entry was needed just now."""
-        _stamp(self.root / key / _LAST_USED, os.O_NOFOLLOW)
+        # By way of the entry itself: its name may be a link to elsewhere.
+        entry = os.open(self.root / key, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            _stamp(_LAST_USED, os.O_NOFOLLOW, entry)
+        finally:
+            os.close(entry)
 
     def entries(self, now: float) -> tuple[list[Entry], list[str]]:
         """All entries, idle as of `now`, and the names in the cache that are none of ours, which are left alone."""
@@ -321,7 +336,7 @@ class Cache:
                 if not is_key(name):
                     raise ValueError(name)
                 manifest = self.manifest(name)
-                used = (path / _LAST_USED).stat().st_mtime
+                used = (path / _LAST_USED).lstat().st_mtime
             except (OSError, ValueError):
                 strange.append(name)
                 continue
@@ -346,17 +361,16 @@ class Cache:
 
     def _holder(self, path: Path) -> Holder | None:
         try:
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+            with darwin_disk.open_regular(path) as file:
                 beaten = os.fstat(file.fileno()).st_mtime
-                text = file.read()
+                text = file.read(_NOTE_BYTES)
         except FileNotFoundError:
             return None
-        state: dict[str, object] = {}
-        with contextlib.suppress(ValueError):  # it is being written
-            state |= json.loads(text)
-        arrived, total = (int(str(state.get(name, 0))) for name in ("arrived", "total"))
+        state = _noted(text)  # nothing while it is being written
+        arrived, total = (_size(state.get(name)) for name in ("arrived", "total"))
         released = bool(state.get("released"))
-        return Holder(str(state.get("owner", "")), arrived, total, self.now() - beaten, released)
+        owner = "".join(letter for letter in str(state.get("owner", ""))[:500] if letter.isprintable())
+        return Holder(owner, arrived, total, self.now() - beaten, released)
 
     def _seize(self, path: Path, owner: str) -> bool:
         """Take a dead holder's lock away. Of several who try, one succeeds."""
@@ -408,18 +422,25 @@ class Cache:
             return self.now() - _touched(path) > SILENCE_SECONDS
         return False
 
-    def publish(self, staging: Path, key: str, manifest: Manifest, verify: str = "size") -> bool:
+    def publish(
+        self, staging: Path, key: str, manifest: Manifest, verify: str = "size", *, exactly: bool = False
+    ) -> bool:
         """Give what is staged its final name; False when another writer was first and ours was dropped.
 
         The files, whose sizes the manifest states, are on disk before the name is. An entry that is damaged, as far as
-        `verify` looks, is replaced. Raises `RoleError` when what is staged is not what the manifest states.
+        `verify` looks, is replaced, and so is one of other files, if they have to be `exactly` these. Raises
+        `RoleError` when what is staged is not what the manifest states.
         """
-        (staging / _LAST_USED).touch()
+        _stamp(staging / _LAST_USED, os.O_NOFOLLOW)
         darwin_disk.remove_tree(parts_of(staging))
-        if damage := manifest.damage(model_of(staging)):
+        if damage := _differences(manifest, staging, "size"):
             raise RoleError(f"not published, {summary(damage)}")
         darwin_disk.sync_tree(staging)
         darwin_disk.write_atomically(staging / _MANIFEST, manifest.dump())
+
+        def wrong() -> bool:
+            return bool(self.damage(key, verify)) or (exactly and set(self.manifest(key).files) != set(manifest.files))
+
         while True:
             try:
                 staging.rename(self.root / key)
@@ -427,24 +448,24 @@ class Cache:
                 if staging.exists():
                     if error.errno not in _TAKEN:
                         raise
-                    if self.has(key) and not self.damage(key, verify):
+                    if self.has(key) and not wrong():
                         self.discard(staging)
                         return False
-                    self._set_aside_damaged(key, verify)
+                    self._set_aside(key, wrong)
                     continue
                 # On a network file system the reply to a rename that happened can be lost. Or what was staged has been
                 # taken over.
-                if not self.has(key) or self.damage(key, verify):
+                if not self.has(key) or wrong():
                     raise
             break
         darwin_disk.sync(self.root)
         return True
 
-    def _set_aside_damaged(self, key: str, verify: str) -> None:
+    def _set_aside(self, key: str, wrong: Callable[[], bool]) -> None:
         removal = self.announce(key)
         try:
             # Looked at once more: another pod may have replaced it, and others may use it, before the announcement.
-            if self.damage(key, verify):
+            if wrong():
                 self.carry_out(removal)
         finally:
             self.withdraw(removal)
@@ -491,14 +512,14 @@ class Cache:
                         taken.rename(path)
         for path in self._inside(_REFS):
             with contextlib.suppress(FileNotFoundError):
-                if (referred := _referred(path)) and not self.has(referred) and path.stat().st_mtime < before:
+                if (referred := _referred(path)) and not self.has(referred) and path.lstat().st_mtime < before:
                     path.unlink()
 
     def set_ref(self, tracking_uri: str, model_uri: str, key: str) -> None:
         """Remember what a URI resolved to, for when the tracking server can't be asked."""
         path = self._ref(tracking_uri, model_uri)
         if _referred(path) == key:
-            os.utime(path)  # for which there is room on a full volume
+            os.utime(path, follow_symlinks=False)  # for which there is room on a full volume
         else:
             darwin_disk.write_atomically(path, json.dumps({"key": key}))
 
@@ -507,11 +528,12 @@ class Cache:
         path = self._ref(tracking_uri, model_uri)
         with contextlib.suppress(OSError):
             if key := _referred(path):
-                return key, max(0.0, self.now() - path.stat().st_mtime)
+                return key, max(0.0, self.now() - path.lstat().st_mtime)
         return None
 
     def _ref(self, tracking_uri: str, model_uri: str) -> Path:
-        digest = hashlib.sha256(f"{tracking_uri}\n{model_uri}".encode()).hexdigest()
+        # Who reads the name of a file has no use for a login in either.
+        digest = hashlib.sha256(f"{mask_uri(tracking_uri)}\n{mask_uri(model_uri)}".encode()).hexdigest()
         return self.root / _REFS / f"{digest}.json"
 
     # Leases
@@ -635,9 +657,13 @@ class Cache:
                     yield path
 
 
-def _stamp(path: Path, flag: int) -> None:
-    """Create an empty file, opened with `flag`, or keep the one there; its mtime is now, by the file server's clock."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o644)
+def _stamp(path: Path | str, flag: int, directory: int | None = None) -> None:
+    """Create an empty file, opened with `flag`, or keep the one there; its mtime is now, by the file server's clock.
+
+    `path` may be relative to the open `directory`.
+    """
+    # Without waiting for the other end of a pipe.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | flag, 0o644, dir_fd=directory)
     try:
         os.utime(descriptor)  # whatever creating it did
     finally:
@@ -645,24 +671,44 @@ def _stamp(path: Path, flag: int) -> None:
 
 
 def _manifest(entry: Path) -> Manifest:
-    return Manifest.parse((entry / _MANIFEST).read_text(encoding="utf-8"))
+    return Manifest.parse(darwin_disk.read_small(entry / _MANIFEST, MANIFEST_BYTES).decode())
+
+
+def _size(told: object) -> int:
+    return min(max(told, 0), sys.maxsize) if isinstance(told, int) else 0
 
 
 def _referred(ref: Path) -> str | None:
     """The key in a ref; None when there is none, or none that can be read."""
     try:
-        key = json.loads(ref.read_text(encoding="utf-8"))["key"]
-        return key if is_key(key) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        key = _noted(darwin_disk.read_small(ref, _NOTE_BYTES)).get("key")
+    except (OSError, ValueError):
         return None
+    return key if isinstance(key, str) and is_key(key) else None
+
+
+def _noted(text: bytes) -> Mapping[str, object]:
+    """The JSON object in `text`; an empty one where there is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _damage(entry: Path, verify: str) -> list[str]:
     try:
         manifest = _manifest(entry)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, darwin_disk.NotRegular, ValueError) as error:
         return [f"{entry / _MANIFEST}: {error}"]
-    return manifest.damage(model_of(entry), verify)
+    return _differences(manifest, entry, verify)
+
+
+def _differences(manifest: Manifest, entry: Path, verify: str) -> list[str]:
+    model = model_of(entry)
+    if model.is_symlink():
+        return [f"{model}: a link"]
+    return manifest.damage(model, verify, alone=True)
 
 
 def _key_of(path: Path) -> str | None:
@@ -673,8 +719,13 @@ def _key_of(path: Path) -> str | None:
 
 def _touched(path: Path) -> float:
     """When something last happened to `path` or in it. Not mtime: a copy of a local store's file keeps its source's."""
-    inside = darwin_disk.below(path) if path.is_dir() and not path.is_symlink() else ()
-    return float(max(node.lstat().st_ctime for node in (path, *inside)))
+    newest = path.lstat().st_ctime
+    if path.is_dir() and not path.is_symlink():
+        # What can't be looked into is as old as it shows itself: a download that is alive touches its directory.
+        with contextlib.suppress(OSError):
+            for node in darwin_disk.below(path):
+                newest = max(newest, node.lstat().st_ctime)
+    return newest
 
 
 def _holds_links(root: Path) -> bool:

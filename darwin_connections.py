@@ -25,6 +25,9 @@ from darwin_keys import CERTIFIED
 # What of a request's head comes besides names and values: separators, the verb, the version.
 HEADER_OVERHEAD = 4
 
+# Between chunks: sizes, line breaks, and short extensions.
+CHUNK_OVERHEAD = 32
+
 # What of a request's head is between this connection and another protocol that it offers.
 HOP_BY_HOP = (b"connection", b"upgrade", b"http2-settings")
 
@@ -127,6 +130,8 @@ class Connection(HttpToolsProtocol):
         self._awaited = 0.0
         self._head = 0
         self._in_head = True
+        # What has come since the end of the head and is no body.
+        self._beside = 0
         self._deaf = False
 
     @property
@@ -187,6 +192,8 @@ class Connection(HttpToolsProtocol):
             if not self._head:
                 self._awaited = self.loop.time()
             self._head += len(data)
+        else:
+            self._beside += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -199,6 +206,10 @@ class Connection(HttpToolsProtocol):
         else:
             if self._in_head and self._head > self.door.bounds.head_bytes:
                 self.refuse(self._too_large())
+            elif not self._in_head and self._beside > self.door.bounds.head_bytes:
+                self.refuse(
+                    Refused(HTTPStatus.BAD_REQUEST, "There is more beside the chunks of the body than in them.")
+                )
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -223,6 +234,18 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"%s %s HTTP/%s\r\n%s%s\r\n%s" % (method, self.url, version, b"".join(kept), closing, rest))
 
+    def on_body(self, body: bytes) -> None:
+        self._beside -= len(body)
+        super().on_body(body)
+
+    def on_chunk_header(self) -> None:
+        self._beside -= CHUNK_OVERHEAD
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # A trailer is none: what a proxy checked or took out of a head must not come back after the body.
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return
@@ -236,7 +259,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MOST_PIPELINED:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests before the first was answered.")
         self._in_head = False
-        self._head = 0
+        self._head = self._beside = 0
         if self.crowded and len(self.door.connections) > self.door.bounds.connections:
             self.scope["crowded"] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
@@ -255,13 +278,13 @@ class Connection(HttpToolsProtocol):
     def refuse(self, refused: Refused) -> None:
         """Read no more, and end the connection, after what was asked before has been answered."""
         self._deaf = True
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.pipeline or not self.cycle.more_body:
-                self.cycle.keep_alive = False
-                return
-            if self.cycle.response_started:
-                self.transport.close()
-                return
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete and (self.pipeline or not cycle.more_body):
+            cycle.keep_alive = False
+            return
+        if cycle is not None and not self._in_head and cycle.response_started:
+            self.transport.close()  # it has its answer
+            return
         self.door.refused(refused.status)
         body = f"{refused}\n".encode()
         usual = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)

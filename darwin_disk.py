@@ -8,16 +8,74 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # What an `OSError` of a full volume, or of a used-up quota, is numbered.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
+CHUNK_BYTES = 1 << 20
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+
+
+class NotRegular(OSError):
+    """There is a link, a directory, a pipe, a socket or a device where a file belongs."""
+
+
+class Changed(OSError):
+    """A file was written to, or replaced, while it was read."""
+
+
+def identity(found: os.stat_result) -> tuple[int, ...]:
+    """What does not stay as it is when a file, or what a directory lists, changes: ctime can't be set back."""
+    return found.st_dev, found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to be read; nothing is waited for, as at the other end of a pipe, and no link is followed.
+
+    Raises `NotRegular`, and `OSError` as `open` does.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.ENODEV):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    raise NotRegular(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """A file's content. Raises as `open_regular` does, and `ValueError` for more than `most` bytes."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most} bytes")
+    return content
+
+
+def chunks(path: Path) -> Iterator[bytes]:
+    """What is in a file, piece by piece; also what grows meanwhile comes to an end.
+
+    Raises as `open_regular` does, and `Changed`.
+    """
+    with open_regular(path) as file:
+        before, size = identity(os.fstat(file.fileno())), 0
+        while chunk := file.read(CHUNK_BYTES):
+            size += len(chunk)
+            if size > before[3]:
+                break
+            yield chunk
+        if size != before[3] or identity(os.fstat(file.fileno())) != before:
+            raise Changed(errno.EAGAIN, "changed while it was read", str(path))
 
 
 def temporary(path: Path) -> Path:
@@ -35,12 +93,13 @@ def below(directory: Path) -> Iterator[Path]:
 
     Raises `OSError` where a directory can't be listed: what can't be seen is not what isn't there.
     """
-    with os.scandir(directory) as found:
-        for entry in found:
-            path = Path(entry.path)
-            yield path
-            if entry.is_dir(follow_symlinks=False):
-                yield from below(path)
+    waiting = [str(directory)]
+    while waiting:
+        with os.scandir(waiting.pop()) as found:
+            for entry in found:
+                yield Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -71,7 +130,7 @@ def replace_link(path: Path, target: str) -> None:
 
 def sync(path: Path) -> None:
     """Flush one file or directory to disk; file systems that can't sync a directory are taken as they are."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # not to wait for a pipe's other end
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -100,7 +159,7 @@ def sync_tree(root: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Delete a directory, or the link or file that is there instead; links inside are not followed.
 
-    Someone else may be deleting the same tree.
+    Someone else may be deleting the same tree. Raises `OSError`, also for one that is too deep.
     """
     with contextlib.suppress(FileNotFoundError):
         if path.is_symlink() or not path.is_dir():
@@ -108,7 +167,10 @@ def remove_tree(path: Path) -> None:
         else:
             # The same hook, under the name that this Python has for it.
             hook: Any = {"onexc" if sys.version_info >= (3, 12) else "onerror": _unless_gone}
-            shutil.rmtree(path, **hook)
+            try:
+                shutil.rmtree(path, **hook)
+            except RecursionError:
+                raise OSError(errno.ENAMETOOLONG, "too many directories inside each other", str(path)) from None
 
 
 def _unless_gone(_function: object, _path: object, raised: Any) -> None:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import requests
 
+import darwin_disk
+import darwin_manifest
 import darwin_mlflow
 from darwin_env import ConfigError, Reader
 from darwin_log import RoleError, mask_uri
@@ -36,6 +38,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MODEL_FILE = "MLmodel"
+
+# More than the `MLmodel` of any model, whose listing has how many files, has or is worth reading.
+MLMODEL_BYTES = 16 << 20
+MOST_LISTED = 100_000
+MOST_DEPTH = 64
+
+# As much as is read of an answer that is an error.
+ERROR_BYTES = 1 << 16
 
 # How the names begin that this runtime itself gives files beside a model's. A model that was logged from a directory
 # where it had been served can hold some: they are no part of it.
@@ -109,8 +119,8 @@ class Source:
     def files(self) -> list[RemoteFile]:
         """All files, at any depth; one request to the store for each directory. Raises as `resolve` does."""
         with explained(self.uri):
-            found = [file for file in _walk(self.store, self.listing) if not file.path.startswith(RESERVED)]
-        check_names(self.uri, [file.path for file in found])
+            found = [file for file in _walk(self.uri, self.store, self.listing) if not file.path.startswith(RESERVED)]
+        _check_listing(self.uri, found)
         return found
 
 
@@ -166,15 +176,16 @@ def resolve(uri: str) -> Source:
     """
     with explained(uri):
         repository, root, identity = _locate(uri)
+        _check_host(uri, repository)
         store = _Artifacts(uri, repository, root)
         files, directories = store.list()
         listing = [(file.path, file.size) for file in files] + [(f"{name}/", None) for name in directories]
         if MODEL_FILE not in (file.path for file in files):
-            raise _no_model(uri, [file.path for file in _walk(store, listing)])
+            raise _no_model(uri, [file.path for file in _walk(uri, store, listing)])
         if "name" not in identity:
             # No registry vouches for what is there, and a listing doesn't change when a file does: MLmodel tells models
             # apart, as it holds the id and the time of logging.
-            identity = {**identity, "mlmodel": _digest_remote(store)}
+            identity = {**identity, "mlmodel": _digest_remote(uri, store)}
     return Source(uri, identity, listing, store)
 
 
@@ -186,13 +197,15 @@ def _no_model(uri: str, names: Sequence[str]) -> RoleError:
     return RoleError(f"no MLflow model at {uri}: no {MODEL_FILE} among its {len(names)} files{hint}")
 
 
-def check_names(uri: str, names: Sequence[str]) -> None:
-    """Raise `RoleError` for names by which a listing, somebody else's word, would choose where files go."""
-    for name in names:
-        if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
-            raise RoleError(f"{uri} lists a file with the unsafe name {name!r}; nothing was downloaded")
-    if len(set(names)) != len(names):
-        raise RoleError(f"{uri} lists a file twice; nothing was downloaded")
+def _check_listing(uri: str, files: Sequence[RemoteFile]) -> None:
+    """Raise `RoleError` for what can't be true of files, or would choose where they go: it is somebody else's word."""
+    try:
+        darwin_manifest.check_names([file.path for file in files])
+    except ValueError as error:
+        raise RoleError(f"{uri} lists {error}; nothing was downloaded") from error
+    for file in files:
+        if file.size is not None and file.size < 0:
+            raise RoleError(f"{uri} lists {file.path!r} with {file.size} bytes; nothing was downloaded")
 
 
 def _locate(uri: str) -> tuple[Any, str, dict[str, str]]:
@@ -232,6 +245,33 @@ def _locate(uri: str) -> tuple[Any, str, dict[str, str]]:
             return repository, inner, {**identity, "path": inner}
         return get_artifact_repository(info.artifact_uri), path, {"run": run_id, "path": path}
     return get_artifact_repository(uri), "", {"uri": mask_uri(uri)}
+
+
+def _check_host(uri: str, repository: Any) -> None:
+    """Raise `RoleError` where a login would go to a host that the registry chose, and the user never named.
+
+    MLflow sends it to every HTTP server that a model's source names, and who may register models may name any.
+    """
+    from mlflow import get_registry_uri, get_tracking_uri
+    from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+
+    inner = getattr(repository, "repo", repository)
+    if not isinstance(inner, HttpArtifactRepository) or not uri.startswith(("models:", "runs:")):
+        return
+    credentials = inner._host_creds
+    login = credentials.username or credentials.token or credentials.auth or credentials.aws_sigv4
+    there = urllib.parse.urlsplit(inner.artifact_uri)
+    if login and _origin(inner.artifact_uri) not in (_origin(get_tracking_uri()), _origin(get_registry_uri())):
+        raise RoleError(
+            f"cannot read {uri}: its files are said to be at {mask_uri(inner.artifact_uri)}, which is not the host of "
+            f"MLFLOW_TRACKING_URI and so is not sent its login. If that host is yours, ask it for the files directly: "
+            f"mlflow-artifacts://{there.netloc.rpartition('@')[2]}/..."
+        )
+
+
+def _origin(uri: str) -> tuple[str, str | None, int | None]:
+    found = urllib.parse.urlsplit(uri)
+    return found.scheme, found.hostname, found.port or {"http": 80, "https": 443}.get(found.scheme)
 
 
 def _logged_model(model: Any) -> tuple[Any, str, dict[str, str]]:
@@ -285,14 +325,23 @@ def _model_of_run(client: Any, run_id: str, experiment_id: str, name: str) -> An
             return None
 
 
-def _walk(store: Store, listing: Sequence[tuple[str, int | None]]) -> Iterator[RemoteFile]:
-    for path, size in listing:
-        if path.endswith("/"):
-            files, directories = store.list(path.rstrip("/"))
-            yield from files
-            yield from _walk(store, [(f"{name}/", None) for name in directories])
-        else:
-            yield RemoteFile(path, size)
+def _walk(uri: str, store: Store, listing: Sequence[tuple[str, int | None]]) -> Iterator[RemoteFile]:
+    """All files, at any depth. Raises `RoleError` for a listing that goes round in circles, or has no end."""
+    yield from (RemoteFile(path, size) for path, size in listing if not path.endswith("/"))
+    waiting = [path.rstrip("/") for path, _ in listing if path.endswith("/")]
+    count = len(listing)
+    while waiting:
+        inside = waiting.pop()
+        files, directories = store.list(inside)
+        for path in [*(file.path for file in files), *directories]:
+            if path.rpartition("/")[0] != inside or path.count("/") > MOST_DEPTH:
+                where = f"{path[:300]!r} in the directory {inside[:300]!r}"
+                raise RoleError(f"{uri} lists {where}, which is not in it or too deep; nothing was downloaded")
+        count += len(files) + len(directories)
+        if count > MOST_LISTED:
+            raise RoleError(f"{uri} lists more than {MOST_LISTED} files and directories; nothing was downloaded")
+        yield from files
+        waiting += directories
 
 
 @contextlib.contextmanager
@@ -310,11 +359,20 @@ def scratch() -> Iterator[Path]:
         yield Path(made.name)
 
 
-def _digest_remote(store: Store) -> str:
-    with scratch() as directory:
-        local = directory / MODEL_FILE
-        store.download(MODEL_FILE, str(local))
-        return hashlib.sha256(local.read_bytes()).hexdigest()
+def _digest_remote(uri: str, store: Store) -> str:
+    answer = store.open(MODEL_FILE, 0)
+    if answer is None:
+        with scratch() as directory:
+            store.download(MODEL_FILE, str(directory / MODEL_FILE))
+            return darwin_manifest.digest(directory / MODEL_FILE)
+    sha, size = hashlib.sha256(), 0
+    with answer:
+        while chunk := answer.read1(darwin_disk.CHUNK_BYTES, decode_content=True):
+            sha.update(chunk)
+            size += len(chunk)
+            if size > MLMODEL_BYTES:
+                raise RoleError(f"{uri} has an {MODEL_FILE} of more than {MLMODEL_BYTES} bytes; nothing was downloaded")
+    return sha.hexdigest()
 
 
 # The answers of which the body is a file, or the lack of one is no surprise.
@@ -327,6 +385,7 @@ class _Artifacts:
     def __init__(self, uri: str, repository: Any, root: str) -> None:
         from mlflow.environment_variables import MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD
         from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         self.uri = uri
         self.repository = repository
@@ -335,6 +394,7 @@ class _Artifacts:
         # The user may have it that the tracking server only signs URLs of its store.
         proxied = isinstance(inner, HttpArtifactRepository) and not MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD.get()
         self.http = inner if proxied else None
+        self.local = inner if isinstance(inner, LocalArtifactRepository) else None
         self.way: _Way | None = None
 
     def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
@@ -358,6 +418,7 @@ class _Artifacts:
             credentials = self.http._host_creds
             asked: requests.Response = http_request(credentials, endpoint, "GET", stream=True, extra_headers=headers)
             if asked.status_code not in _BODIES:
+                asked._content = asked.raw.read(ERROR_BYTES, decode_content=True)  # what it has to say may have no end
                 augmented_raise_for_status(asked)
             signed = credentials.auth or credentials.aws_sigv4 or credentials.use_databricks_sdk
             if not signed and not asked.history:
@@ -366,7 +427,16 @@ class _Artifacts:
 
     def download(self, path: str, local: str) -> None:
         with explained(self.uri):
-            self.repository._download_file(self._whole(path), local)
+            if not self.local:
+                self.repository._download_file(self._whole(path), local)
+                return
+            # MLflow would wait for a pipe, copy a device without end, and not notice that a file changes meanwhile.
+            try:
+                darwin_manifest.copy(Path(self.local.download_artifacts(self._whole(path))).resolve(), Path(local))
+            except darwin_disk.NotRegular as error:
+                raise RoleError(f"cannot read {self.uri}: {path} is no file, but a pipe, socket or device") from error
+            except darwin_disk.Changed as error:
+                raise Damaged(f"{path} of {self.uri} {error.strerror}") from error
 
     def _whole(self, path: str) -> str:
         return f"{self.root}/{path}".strip("/")

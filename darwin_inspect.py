@@ -67,8 +67,9 @@ def _list(cache: Cache) -> int:
         pods = ", ".join(sorted(users.get(entry.key, ()))) or "-"
         also = "".join(f", alias {alias}" for alias in aliases.get(entry.key, ()))
         days = f"{entry.idle / DAY:.1f} d"
-        sys.stdout.write(row(entry.key[:12], human(entry.bytes), days, pods, f"{entry.model_uri}{also}"))
+        sys.stdout.write(row(entry.key[:12], human(entry.bytes), days, pods, f"{_shown(entry.model_uri)}{also}"))
     for name in strange:
+        name = _shown(name)
         sys.stdout.write(row(name[:12], "", "", "", f"{name} is not an entry made by download.py, or damaged"))
     total = human(sum(entry.bytes for entry in entries))
     sys.stdout.write(f"{len(entries)} entries, {total}, {len(cache.trash())} in the trash\n")
@@ -95,6 +96,11 @@ def _find(cache: Cache, name: str) -> str:
     if len(found) != 1:
         raise _Unknown(f"{len(found)} entries' names begin with {name}" if found else f"there is no entry {name}")
     return found[0]
+
+
+def _shown(text: str) -> str:
+    """For a terminal, which obeys what is not printable."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _now(cache: Cache) -> float:

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
@@ -26,19 +28,27 @@ TERMINATION_LOG = Path("/dev/termination-log")
 TERMINATION_LIMIT = 4096
 
 _SECRET_NAME = re.compile(
-    r"PASSW(OR)?D|SECRET|CREDENTIAL|CONNECTION_STRING|_PWD$|(API|ACCESS|ACCOUNT|PRIVATE)_?KEY|(^|_)(TOKEN|SAS)(_|$)",
+    r"PASSW(OR)?D|PASSPHRASE|SECRET|CREDENTIAL|CONNECTION_STRING|_(PWD|PASS)$|(API|ACCESS|ACCOUNT|PRIVATE)_?KEY"
+    r"|(^|_)(TOKEN|SAS)(_|$)",
     re.IGNORECASE,
 )
+# A variable's value that is a URI, or one of which the scheme was left out, with a login in it.
+_LOGIN = re.compile(
+    r"(?:[\w+.-]+://(?P<user>[^/\s:@]*)|(?P<bare>[^/\s:@]+)(?=:[^/])):(?P<password>\S+)@[^\s@/]+(?:/\S*)?"
+)
+_URI_NAME = re.compile(r"(URI|URL|PROXY)$", re.IGNORECASE)
+# JSON whose strings may be secrets, whatever they are called in it.
+_JSON_NAME = "SERVING_MODEL_CONFIG"
 # Up to the last @ of the authority: passwords may hold any other character, quotes included.
 _USERINFO = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _SIGNED_QUERY = re.compile(
     r"((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|AccountKey|sig"
-    r"|[\w-]*(?:token|password|secret|api[_-]?key))=)[^&;\s'\"]+",
+    r"|[\w-]*(?:token|password|passwd|secret(?:[_-]?access)?(?:[_-]?key)?|api[_-]?key))(?:=|%3D))[^&;\s'\"]+",
     re.IGNORECASE,
 )
 # Of a terminal and of what takes log lines apart; of lines, LF alone is what we end them with.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
-_AUTHORIZATION = re.compile(r"((?:Basic|Bearer)\s+)[A-Za-z0-9+/._~=-]{6,}")
+_AUTHORIZATION = re.compile(r"((?:Basic|Bearer)(?:\s+|%20|\+))[A-Za-z0-9+/._~=%-]{6,}", re.IGNORECASE)
 _MASK = "***"
 
 logger = logging.getLogger("darwin")
@@ -67,10 +77,12 @@ class Redactor:
             value = value.strip()
             # A value of a few characters would blank out half of every line, and protects nothing.
             if _is_secret(name) and len(value) >= 4:
-                values |= {value, urllib.parse.quote(value, safe=""), base64.b64encode(value.encode()).decode()}
-        user, password = environ.get("MLFLOW_TRACKING_USERNAME", ""), environ.get("MLFLOW_TRACKING_PASSWORD", "")
-        if password:
-            values.add(base64.b64encode(f"{user}:{password}".encode()).decode())
+                values |= _forms(value)
+            if (login := _LOGIN.fullmatch(value)) and (login["bare"] is None or _URI_NAME.search(name)):
+                values |= _login_forms(login["user"] or login["bare"] or "", login["password"])
+        values |= _login_forms(environ.get("MLFLOW_TRACKING_USERNAME", ""), environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+        for text in _strings(environ.get(_JSON_NAME, "")):
+            values |= _forms(text) if len(text) >= 8 else set()
         ordered = sorted(values, key=len, reverse=True)
         self._values = re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
@@ -78,6 +90,51 @@ class Redactor:
         text = mask_uri(text)
         text = _AUTHORIZATION.sub(rf"\1{_MASK}", text)
         return self._values.sub(_MASK, text) if self._values else text
+
+
+def _forms(value: str) -> set[str]:
+    """How a secret may be written: as it is, quoted for a URI, in base64, and in JSON's or Python's quotes."""
+    raw = os.fsencode(value)  # whatever bytes the environment has
+    quoted = {urllib.parse.quote(raw, safe=""), urllib.parse.quote(raw), urllib.parse.quote_plus(raw)}
+    quoted |= {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
+    coded = {base64.b64encode(raw).decode(), base64.urlsafe_b64encode(raw).decode()}
+    return {value, *quoted, *coded, json.dumps(value)[1:-1], repr(value)[1:-1]}
+
+
+def _login_forms(user: str, password: str) -> set[str]:
+    """How the login may be written that an authorization header or a URI, where it is quoted, has."""
+    if len(password) < 4:
+        return set()
+    found: set[str] = set()
+    for plain in {password, urllib.parse.unquote(password)}:
+        found |= _forms(plain)
+        for name in {user, urllib.parse.unquote(user)}:
+            found |= _forms(f"{name}:{plain}")
+    return found
+
+
+def _strings(text: str) -> list[str]:
+    """Every string in some JSON, but for the names; nothing where it is none."""
+    try:
+        waiting = [json.loads(text or "null")]
+    except (ValueError, RecursionError):
+        return [text]
+    found = []
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, (list, dict)):
+            waiting += one.values() if isinstance(one, dict) else one
+    return found
+
+
+_hide: Callable[[str], str] = Redactor({})
+
+
+def hide(text: str) -> str:
+    """`text` without the secrets of this process, for whoever is told it by another way than the log."""
+    return _hide(text)
 
 
 class _Formatter(logging.Formatter):
@@ -126,7 +183,8 @@ def set_up(read: Reader) -> Redactor:
     style = read.choice("LOG_FORMAT", "text" if local else "json", ("text", "json"))
     service = read.text("SERVICE_NAME")
 
-    redact = Redactor(read.environ)
+    global _hide
+    redact = _hide = Redactor(read.environ)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(redact, service) if style == "json" else _Formatter(redact))
     root = logging.getLogger()
@@ -161,9 +219,17 @@ def run_role(body: Body, environ: Mapping[str, str]) -> int:
 
     `body` reads its settings from the `Reader` it is given, which may hold problems already, and calls its `finish`.
     """
+    # A core file would have all that is in memory, the environment and the model with it. Children inherit this.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     read = Reader(environ)
     redact = set_up(read)
     before = signal.signal(signal.SIGTERM, _terminated)
+    hooks = sys.excepthook, threading.excepthook
+    # What nobody catches would be printed as it is.
+    sys.excepthook = lambda *raised: logger.critical("not expected by anybody", exc_info=raised)
+    threading.excepthook = lambda raised: logger.error(
+        "in thread %s: %r", raised.thread and raised.thread.name, raised.exc_value, exc_info=raised.exc_value
+    )
     try:
         body(read, redact)
     except ConfigError as error:
@@ -179,6 +245,7 @@ def run_role(body: Body, environ: Mapping[str, str]) -> int:
         return _end(FAILED, redact(f"unexpected {type(error).__name__}: {error}"))
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.excepthook, threading.excepthook = hooks
     return DONE
 
 

@@ -19,10 +19,12 @@ import numpy as np
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 
+import darwin_disk
 import darwin_fast
 import darwin_mlflow
+import darwin_pin
 from darwin_cells import Spec
-from darwin_log import RoleError
+from darwin_log import RoleError, hide
 from darwin_plan import Contract, ParamPlan, Plan, Rows, plan_of
 
 MODEL_FILE = "MLmodel"
@@ -30,6 +32,9 @@ PYFUNC = "python_function"
 
 # Keys under which the flavors in `MLmodel` name a file or directory of the model.
 DATA_KEYS = ("data", "model_path", "pickled_model", "model_data", "model_binary", "python_model", "model_code_path")
+
+# More than any model's description, requirements or input example has.
+SMALL_BYTES, EXAMPLE_BYTES = 16 << 20, 64 << 20
 
 # Where the module's name is not the package's.
 PACKAGES = {
@@ -187,7 +192,7 @@ def _worded(predict: Callable[[], Any], *, doubtful: bool) -> Any:
 
 
 def _short(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}"
+    text = hide(f"{type(error).__name__}: {error}")  # it is told to clients, too
     return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"
 
 
@@ -269,13 +274,14 @@ def load(directory: Path, model_config: Mapping[str, Any] | None = None, method:
 def _description(directory: Path) -> dict[str, Any]:
     file = directory / MODEL_FILE
     try:
-        description = yaml.safe_load(file.read_bytes())
+        description = yaml.safe_load(darwin_disk.read_small(file.resolve(), SMALL_BYTES))
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise RoleError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(description, dict) or not isinstance(description.get("flavors"), dict):
         raise RoleError(f"{file} does not describe an MLflow model ({file.stat().st_size} bytes): it may be truncated")
+    _check_names(file, description)
     if not isinstance(description["flavors"].get(PYFUNC), dict):
-        flavors = ", ".join(description["flavors"]) or "none"
+        flavors = ", ".join(map(str, description["flavors"])) or "none"
         raise RoleError(
             f"{file} has no {PYFUNC} flavor (it has: {flavors}), so MLflow cannot serve this model: log it with one"
         )
@@ -286,22 +292,65 @@ def _description(directory: Path) -> dict[str, Any]:
     return description
 
 
+def _check_names(file: Path, description: Mapping[str, Any]) -> None:
+    """Raise `RoleError` where `MLmodel` has something read that is no part of the model: MLflow follows any path."""
+    found = [(key, conf.get(key)) for conf in _mappings(description["flavors"]) for key in (*DATA_KEYS, "code")]
+    found += [("serving_input_path", _mapping(description.get("saved_input_example_info")).get("serving_input_path"))]
+    found += [("artifact_path", _mapping(description.get("saved_input_example_info")).get("artifact_path"))]
+    found += [("path", one.get("path")) for conf in _mappings(description["flavors"]) for one in _artifacts(conf)]
+    for key, name in found:
+        # Of model_code_path, which is where the file once was, MLflow takes the last part.
+        if isinstance(name, str) and key != "model_code_path" and (name[:1] == "/" or ".." in name.split("/")):
+            raise RoleError(f"{file} has {key}: {name[:300]!r}, which leads out of the model: it is not loaded")
+    for text in _strings(description):
+        if text.rpartition("/")[2] in darwin_pin.APART:
+            raise RoleError(f"{file} names {text[:300]!r}, which is no part of a model: it is not loaded")
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: Any) -> list[Mapping[Any, Any]]:
+    return [inner for inner in _mapping(value).values() if isinstance(inner, dict)]
+
+
+def _artifacts(conf: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    return _mappings(conf.get("artifacts"))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in what was YAML, whose anchors can put one part into many places."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, (dict, list)) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += [*one.keys(), *one.values()] if isinstance(one, dict) else one
+
+
 def _example(directory: Path, description: Mapping[str, Any]) -> bytes | None:
-    info = description.get("saved_input_example_info")
-    name = info.get("serving_input_path") if isinstance(info, dict) else None
+    name = _mapping(description.get("saved_input_example_info")).get("serving_input_path")
+    if not name:
+        return None
     try:
+        file = (directory / str(name)).resolve()
+        if not file.is_relative_to(directory.resolve()):
+            raise ValueError(f"{name} is a link that leads out of the model")
         # MLflow writes NaN, which JSON does not have; null stands for it in requests.
-        example = json.loads((directory / name).read_bytes(), parse_constant=lambda _: None) if name else None
+        example = json.loads(darwin_disk.read_small(file, EXAMPLE_BYTES), parse_constant=lambda _: None)
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("the model's input example cannot be read: %s", error)
         return None
-    return json.dumps(example).encode() if name else None
+    return json.dumps(example).encode()
 
 
 def _requirements(directory: Path) -> list[Requirement]:
     try:
-        lines = (directory / "requirements.txt").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = darwin_disk.read_small((directory / "requirements.txt").resolve(), SMALL_BYTES).decode().splitlines()
+    except (OSError, ValueError):
         return []
     return list(_parsed(lines))
 
@@ -383,7 +432,7 @@ def _normal(package: str) -> str:
 def _data_files(directory: Path, description: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
     """Each file or directory that the flavors name, and what is visibly wrong with it, if anything."""
     names = dict.fromkeys(
-        conf[key]
+        conf[key].rpartition("/")[2] if key == "model_code_path" else conf[key]
         for conf in description["flavors"].values()
         if isinstance(conf, dict)
         for key in DATA_KEYS

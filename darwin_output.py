@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import darwin_disk
+import darwin_manifest
 from darwin_log import RoleError
-from darwin_manifest import Manifest, summary
+from darwin_manifest import MANIFEST_BYTES, MODEL_FILE, Manifest, summary
 
-MODEL_FILE = "MLmodel"
 RECORD = ".darwin-output.json"
 STAGING = ".darwin-staging"
 MODEL_LINK = "model"
@@ -42,12 +41,13 @@ class Record:
 def read(output: Path) -> Record | None:
     """The record of the last run; None when there is none, or none that can be read."""
     try:
-        data = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        # As much again as its manifest has.
+        data = json.loads(darwin_disk.read_small(output / RECORD, 2 * MANIFEST_BYTES))
         entries = [str(name) for name in data["entries"]]
         if any(name in ("", ".", "..") or "/" in name for name in entries):
             return None  # what is removed by these names must be directly in the output
-        return Record(data["key"], Manifest.parse(json.dumps(data["manifest"])), entries)
-    except (OSError, ValueError, KeyError, TypeError):
+        return Record(str(data["key"]), Manifest.parse(json.dumps(data["manifest"])), entries)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -57,12 +57,26 @@ def holds(output: Path, key: str, verify: str = "size") -> bool:
     return record is not None and record.key == key and _is_whole(output, record, verify)
 
 
-def held(output: Path, model_uri: str, verify: str = "size") -> Record | None:
-    """The record of the model at the output, if that came from `model_uri` and is a whole copy; see `holds`."""
+def held(output: Path, model_uri: str | None, verify: str = "size") -> Record | None:
+    """The record of the model at the output, if that came from `model_uri`, if one is given, and is a whole copy; see
+    `holds`."""
     record = read(output)
-    if record is None or record.manifest.model_uri != model_uri or not _is_whole(output, record, verify):
+    if record is None or model_uri not in (None, record.manifest.model_uri) or not _is_whole(output, record, verify):
         return None
     return record
+
+
+def clear(output: Path) -> None:
+    """Take away what runs have put here, and what they left staged; what others have put here stays."""
+    unstage(output)
+    if record := read(output):
+        # As when it is replaced: without `MLmodel` there is no model.
+        for name in (MODEL_FILE, *record.entries, *_model_link(output), RECORD):
+            darwin_disk.remove_tree(output / name)
+
+
+def _model_link(output: Path) -> list[str]:
+    return [MODEL_LINK] if (output / MODEL_LINK).is_symlink() else []
 
 
 def _is_whole(output: Path, record: Record, verify: str) -> bool:
@@ -125,7 +139,8 @@ def copy(model: Path, output: Path, key: str, manifest: Manifest) -> None:
     for file in manifest.files:
         target = copied / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model / file.path, target)
+        if darwin_manifest.copy(model / file.path, target) != file.sha256:
+            raise RoleError(f"not placed, {model / file.path}: not the bytes that were downloaded (sha256)")
     move(copied, output, key, manifest)
 
 

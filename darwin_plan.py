@@ -705,6 +705,8 @@ class UncheckedPlan:
         data = _need_rows(data, "data: a list of at least one row")
         labels = _need_labels(index, len(data))
         if type(columns) is list:
+            if {list, dict} & set(map(type, columns)):
+                raise refuse("a list of column names", columns)
             _need_short("column names", columns)
             _need_few(columns)
         return self._rows(lambda: pd.DataFrame(data, index=labels, columns=columns), data)

@@ -25,6 +25,7 @@ Environment (empty means unset):
   RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS
                           how long a client may take to send a request, and to read the answer; 60 each
   KEEP_ALIVE_SECONDS      how long a connection may stay open without a request; 75
+  REQUIRE_SHA256          load only the model whose directory has this digest: see README
   DRAIN_SECONDS           how long requests are still taken after SIGTERM, while /ready says no; 5
   SERVING_MODEL_CONFIG    JSON object, the model_config of MLflow models that read one
   API_KEYS_FILE           a file with keys, one a line; then requests need one of them
@@ -70,6 +71,7 @@ import darwin_fetch
 import darwin_keys
 import darwin_manifest
 import darwin_memory
+import darwin_pin
 import darwin_tls
 import darwin_transfer
 import darwin_workers
@@ -137,6 +139,7 @@ class Settings:
     tls: darwin_tls.Context | None
     guard: darwin_keys.Guard | None
     origins: tuple[str, ...]
+    required: str
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
@@ -178,6 +181,7 @@ class Settings:
             tls=tls,
             guard=darwin_keys.from_env(read, certificates=tls is not None and tls.asks_certificate),
             origins=darwin_cors.from_env(read),
+            required=darwin_pin.required(read),
         )
         urls = {"FEATURE_STORE_URL": settings.store_url, "OFS_ADMIN_URL": settings.store_admin_url}
         for name, url in urls.items():
@@ -368,7 +372,11 @@ def load(settings: Settings, directory: Path) -> Model:
     import darwin_startup
 
     return darwin_startup.load(
-        settings.model_path or directory, settings.model_config, settings.method, settings.verify
+        settings.model_path or directory,
+        settings.model_config,
+        settings.method,
+        settings.verify,
+        settings.required,
     )
 
 

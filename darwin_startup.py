@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import stat
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import darwin_cache
+import darwin_disk
 import darwin_memory
 import darwin_model
 import darwin_output
+import darwin_pin
 import darwin_protocols as protocols
 from darwin_cells import InputError
 from darwin_json import Unwritable
 from darwin_log import RoleError, mask_uri
-from darwin_manifest import Manifest
+from darwin_manifest import Manifest, summary
 from darwin_model import Model, PredictionFailed, Refused
 from darwin_plan import Rows
 from darwin_protocols import Malformed
@@ -113,32 +118,62 @@ def self_test(model: Model) -> str:
 
 def _manifest(directory: Path) -> Manifest | None:
     """What `download.py` left word of, in an output or in the cache."""
+    if manifest := darwin_cache.manifest_of(directory):
+        return manifest
     record = darwin_output.read(directory)
-    return record.manifest if record else darwin_cache.manifest_of(directory)
+    return record.manifest if record else None
 
 
 def check_whole(directory: Path, verify: str = "size") -> None:
     """Raise `RoleError` naming each file that is not as it was downloaded, as far as `verify` looks."""
-    manifest = _manifest(directory)
     try:
-        damage = manifest.damage(directory, verify) if manifest else []
+        damage = darwin_cache.damage_of(directory, verify)
+        if damage is None:
+            record = darwin_output.read(directory)
+            damage = record.manifest.damage(directory, verify) if record else []
     except OSError as error:
         raise RoleError(f"the model in {directory} cannot be read: {error}") from error
     if damage:
         raise RoleError(
-            f"the model is damaged: {'; '.join(damage)}. Run download.py again with VERIFY={verify}, which replaces "
+            f"the model is damaged: {summary(damage)}. Run download.py again with VERIFY={verify}, which replaces "
             f"it: in Kubernetes, set that on the init container and delete the pod"
         )
 
 
-def load(path: Path, model_config: Mapping[str, Any] | None = None, method: str = "", verify: str = "size") -> Model:
+def check_files(directory: Path) -> None:
+    """Raise `RoleError` for what would be waited for forever, or never end, when something reads it as a file."""
+    try:
+        for path in darwin_disk.below(directory):
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing
+                mode = path.stat().st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise RoleError(f"{path} is a pipe, socket or device where a model has files: remove it")
+    except OSError as error:
+        raise RoleError(f"the model in {directory} cannot be read: {error}") from error
+
+
+def load(
+    path: Path,
+    model_config: Mapping[str, Any] | None = None,
+    method: str = "",
+    verify: str = "size",
+    required: str = "",
+) -> Model:
     """Find, check and load the model at `path`, to be asked for `method`; it is not run. Raises `RoleError`.
 
-    `verify` is one of `darwin_manifest.VERIFY`.
+    `verify` is one of `darwin_manifest.VERIFY`, `required` the digest of `darwin_pin` that it must have, if any.
     """
     found = darwin_model.find_model(path)
+    check_files(found)
+    # Of all that the model brings nothing is run, nor read by anything else, before its bytes are known.
+    seen = darwin_pin.look(found) if required else None
+    if seen and seen.digest != required:
+        raise darwin_pin.refusal(f"the model in {found}", seen.digest, required)
+    if seen:
+        logger.info("the model in %s has sha256 %s, as %s asks", found, seen.digest, darwin_pin.NAME)
     check_whole(found, verify)
     logger.info("loading the model in %s", found)
+    sys.dont_write_bytecode = True  # beside the model's own code it would be a file that nobody knows
     began = time.monotonic()
     try:
         model = darwin_model.load(found, model_config, method)
@@ -148,6 +183,8 @@ def load(path: Path, model_config: Mapping[str, Any] | None = None, method: str 
         except RoleError as damage:
             raise RoleError(f"{error}. And {damage}") from error
         raise
+    if seen:
+        darwin_pin.check_unchanged(found, seen)
     darwin_memory.give_back()
     return replace(model, load_seconds=time.monotonic() - began)
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 import darwin_cpus
 import darwin_disk
 import darwin_fetch
+import darwin_pin
 from darwin_env import ConfigError
 from darwin_fetch import Damaged, RemoteFile, Retry, Source, Unreachable
 from darwin_log import RoleError, human
@@ -131,7 +132,9 @@ def fetch_model(uri: str, destination: Path) -> None:
     parts = destination / f"{darwin_fetch.RESERVED}parts"
     try:
         source = darwin_fetch.persist(lambda: darwin_fetch.resolve(uri), Retry())
-        Transfer(source, destination, parts, Retry(), Deadline(TIMEOUT_SECONDS)).run()
+        files = Transfer(source, destination, parts, Retry(), Deadline(TIMEOUT_SECONDS)).run()
+        told = darwin_pin.digest((file.path, file.sha256) for file in files)
+        logger.info("%s has sha256 %s, which %s can ask for", uri, told, darwin_pin.NAME)
         darwin_disk.remove_tree(parts)
     except OSError as error:
         raise RoleError(f"cannot put {uri} on disk: {darwin_disk.explain(error)}") from error
@@ -271,13 +274,16 @@ class Transfer:
         """Have whole parts on disk, and give them their names. Together: each by itself costs many times as much."""
         paths = {name: part.path for name, part in arrived.items()}
         for path in paths.values():
-            path.chmod(0o644)  # a local store's own modes may keep other users' containers out
+            with darwin_disk.open_regular(path) as file:
+                os.fchmod(file.fileno(), 0o644)  # a local store's own modes may keep other users' containers out
         darwin_disk.sync_files(list(paths.values()))
         for name, path in paths.items():
             local = self.model / name
             # Only in the model: what another pod has taken over is not begun anew.
             for parent in reversed(local.relative_to(self.model).parents[:-1]):
                 (self.model / parent).mkdir(exist_ok=True)
+                if (self.model / parent).is_symlink():
+                    raise NotADirectoryError(errno.ENOTDIR, "a link among directories", str(self.model / parent))
             self._done[name] = arrived[name].size
             path.rename(local)
         arrived.clear()
@@ -356,10 +362,11 @@ class Transfer:
                 yield chunk
 
     def _download(self, file: RemoteFile, part: _Part) -> None:
+        part.path.unlink(missing_ok=True)  # whatever it is, it is not written through
         part.there = True
         try:
             self.source.store.download(file.path, str(part.path))
-            size = part.path.stat().st_size
+            size = part.path.lstat().st_size
         except FileNotFoundError as error:
             raise Damaged(f"{self._named(file)} did not arrive ({error})") from error
         if file.size is not None and size != file.size:
@@ -385,7 +392,7 @@ class Transfer:
         identity = self.source.identity
         path = self.model / REGISTERED_MODEL_META
         content = {"model_name": identity["name"], "model_version": identity["version"]}
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        darwin_disk.write_atomically(path, yaml.safe_dump(content))
         return File(REGISTERED_MODEL_META, path.stat().st_size, digest(path))
 
 
@@ -431,7 +438,7 @@ class _Part:
         new = darwin_disk.temporary(left)
         try:
             with (
-                left.open("rb" if copied else "r+b") as old,
+                darwin_disk.open_regular(left) if copied else left.open("r+b") as old,
                 new.open("xb") if copied else contextlib.nullcontext() as target,
             ):
                 while chunk := old.read(min(CHUNK_BYTES, most - self.size)):
@@ -470,7 +477,8 @@ class _Part:
         """To be added to."""
         with self._naming:
             self.there = True
-            return self.path.open("ab", buffering=0)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            return os.fdopen(os.open(self.path, flags, 0o644), "ab", buffering=0)
 
     def add(self, target: BinaryIO, chunk: bytes) -> None:
         view = memoryview(chunk)
@@ -503,10 +511,9 @@ class _Part:
     def read(self) -> None:
         """Take the file as it is on disk."""
         self.size, self.sha256, self.there = 0, hashlib.sha256(), True
-        with self.path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                self.sha256.update(chunk)
-                self.size += len(chunk)
+        for chunk in darwin_disk.chunks(self.path):
+            self.sha256.update(chunk)
+            self.size += len(chunk)
 
     def is_as_told(self) -> bool:
         return all(hasher.digest() == told for hasher, told in self._told)

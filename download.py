@@ -1,9 +1,10 @@
 """Init container: put one MLflow model on disk, pod-local or through the shared cache.
 
 Settings (environment variables): MODEL_URI (required), OUTPUT_PATH, STORAGE_STRATEGY (emptydir, pvc), CACHE_PATH,
-MAX_RETRIES, BACKOFF_SECONDS, DOWNLOAD_TIMEOUT_SECONDS, VERIFY (size, sha256, off), DEPLOYMENT_NAME, LINK_MODE
-(symlink, copy), POD_NAME, LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME, and whatever MLflow itself reads:
-MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID, ...
+MAX_RETRIES, BACKOFF_SECONDS, DOWNLOAD_TIMEOUT_SECONDS, VERIFY (size, sha256, off), REQUIRE_SHA256 (the digest that the
+model must have, see README), DEPLOYMENT_NAME, LINK_MODE (symlink, copy), POD_NAME, LOG_LEVEL, LOG_FORMAT, ENV,
+SERVICE_NAME, and whatever MLflow itself reads: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD,
+AWS_ACCESS_KEY_ID, ...
 
 Exit codes: 0 the model is there; 1 it is not, trying again may help; 2 the settings are bad.
 """
@@ -18,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import darwin_fetch
 import darwin_manifest
 import darwin_mlflow
 import darwin_output
+import darwin_pin
 import darwin_transfer
 import k8s_client
 from darwin_cache import Cache, Holder, Lock, NotACache
@@ -57,6 +59,7 @@ class Settings:
     retry: Retry
     timeout_seconds: float
     verify: str
+    required: str
     deployment: str
     link_mode: str
     pod: str
@@ -68,6 +71,7 @@ class Settings:
         """Raises `darwin_env.ConfigError` naming every bad variable."""
         uri = read.required("MODEL_URI", example=darwin_fetch.MODEL_URI_EXAMPLE)
         darwin_fetch.check_access(read, "MODEL_URI", uri)
+        required = darwin_pin.required(read)
         settings = cls(
             model_uri=uri,
             output_is_default=not read.raw("OUTPUT_PATH"),
@@ -77,6 +81,7 @@ class Settings:
             retry=Retry(read.integer("MAX_RETRIES", 3, least=0), read.number("BACKOFF_SECONDS", 5.0, least=0)),
             timeout_seconds=read.number("DOWNLOAD_TIMEOUT_SECONDS", darwin_transfer.TIMEOUT_SECONDS, least=1),
             verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
+            required=required,
             deployment=read.text("DEPLOYMENT_NAME"),
             link_mode=read.choice("LINK_MODE", "symlink", ("symlink", "copy")),
             pod=read.text("POD_NAME", socket.gethostname()),
@@ -84,12 +89,14 @@ class Settings:
             tracking_uri=read.raw("MLFLOW_TRACKING_URI"),
         )
         read.finish()
-        return settings
+        # A digest that is asked for is one of bytes, whatever a manifest says.
+        return replace(settings, verify="sha256") if required else settings
 
 
-def to_output(settings: Settings, deadline: Deadline) -> None:
-    """`emptydir`: the model's files at OUTPUT_PATH itself."""
+def to_output(settings: Settings, deadline: Deadline) -> Manifest:
+    """`emptydir`: the model's files at OUTPUT_PATH itself. Returns their manifest."""
     _make_output(settings.output)
+    _clear_other(settings)
     held = darwin_output.held(settings.output, mask_uri(settings.model_uri), settings.verify)
     try:
         source = _resolve(settings, deadline, fallback=held is not None)
@@ -97,23 +104,27 @@ def to_output(settings: Settings, deadline: Deadline) -> None:
         if held is None:
             raise
         _fall_back(error, f"{settings.output} holds", held.manifest)
-        return
+        return held.manifest
     key = darwin_cache.make_key(source.identity, source.listing)
     # What was just found whole is not read again.
-    if held.key == key if held else darwin_output.holds(settings.output, key, settings.verify):
+    there = held or darwin_output.held(settings.output, None, settings.verify)
+    if there and there.key == key:
         darwin_output.unstage(settings.output)
         logger.info("%s already holds %s, 0 bytes transferred", settings.output, _named(source))
-        return
+        return there.manifest
     staging = darwin_output.stage(settings.output, key)
     with _room_made(lambda: darwin_output.unstage(settings.output)):
         model, parts = darwin_output.staged(staging)
         manifest = _manifest(source, Transfer(source, model, parts, settings.retry, deadline))
+        _check_required(settings, manifest, lambda: darwin_output.unstage(settings.output))
         darwin_output.move(model, settings.output, key, manifest)
     logger.info("%s is at %s", _named(source), settings.output)
+    return manifest
 
 
-def through_cache(settings: Settings, deadline: Deadline) -> None:
-    """`pvc`: the model as an entry of the cache, and links to it (or a copy of it) at OUTPUT_PATH."""
+def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
+    """`pvc`: the model as an entry of the cache, and links to it (or a copy) at OUTPUT_PATH. Returns its manifest."""
+    _clear_other(settings)
     try:
         cache = Cache.prepare(settings.cache)
     except NotACache as error:
@@ -123,7 +134,7 @@ def through_cache(settings: Settings, deadline: Deadline) -> None:
             f"cannot write to CACHE_PATH {settings.cache} ({darwin_disk.explain(error)}); "
             f"mount the cache's volume there, writable by user {os.getuid()}"
         ) from error
-    known = cache.ref(mask_uri(settings.tracking_uri), settings.model_uri)
+    known = cache.ref(settings.tracking_uri, settings.model_uri)
     try:
         source = _resolve(settings, deadline, fallback=known is not None and cache.has(known[0]))
     except Unreachable as error:
@@ -134,6 +145,23 @@ def through_cache(settings: Settings, deadline: Deadline) -> None:
     if settings.deployment:
         cache.set_alias(darwin_cache.make_alias(settings.deployment, settings.model_uri), key)
     _provide(cache, settings, key)
+    return cache.manifest(key)
+
+
+def _clear_other(settings: Settings) -> None:
+    """Whatever follows, no model that is not the required one stays where the main container would find it."""
+    record = darwin_output.read(settings.output) if settings.required else None
+    if record and darwin_pin.digest_of(record.manifest) != settings.required:
+        logger.warning("%s holds a model that %s does not ask for: it is removed", settings.output, darwin_pin.NAME)
+        darwin_output.clear(settings.output)
+
+
+def _check_required(settings: Settings, manifest: Manifest, discard: Callable[[], object]) -> None:
+    """Raise `RoleError`, after `discard`, for a model that is not the required one: the next attempt begins anew."""
+    seen = darwin_pin.digest_of(manifest)
+    if settings.required and seen != settings.required:
+        discard()
+        raise darwin_pin.refusal(settings.model_uri, seen, settings.required)
 
 
 def _resolve(settings: Settings, deadline: Deadline, *, fallback: bool) -> Source:
@@ -150,7 +178,7 @@ def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline
     key = darwin_cache.make_key(source.identity, source.listing)
     # Before looking, and the look keeps what it finds: `darwin_cache` has why.
     cache.lease(settings.pod, str(settings.output), key, settings.uid)
-    look = _Look(cache, key, settings.verify)
+    look = _Look(cache, key, settings.verify, settings.required)
     waiting = _Waiting(key)
     filled = False
     while not look():
@@ -167,19 +195,20 @@ def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline
     if not filled:
         logger.info("%s is in the cache as %s, 0 bytes transferred", _named(source), key)
     try:
-        cache.set_ref(mask_uri(settings.tracking_uri), settings.model_uri, key)
+        cache.set_ref(settings.tracking_uri, settings.model_uri, key)
     except OSError as error:  # the model is there all the same
         logger.warning("what %s resolved to is not remembered: %s", settings.model_uri, darwin_disk.explain(error))
     return key
 
 
 class _Look:
-    """Tells whether an entry is there and whole, and keeps it there, as its pod has leased it."""
+    """Tells whether an entry is there, whole, and as required, and keeps it there, as its pod has leased it."""
 
-    def __init__(self, cache: Cache, key: str, verify: str) -> None:
+    def __init__(self, cache: Cache, key: str, verify: str, required: str = "") -> None:
         self.cache = cache
         self.key = key
         self.verify = verify
+        self.required = required
         self.damaged: tuple[int, int] | None = None
 
     def __call__(self) -> bool:
@@ -187,7 +216,11 @@ class _Look:
         # One that is replaced is another directory. Reading all of it again, and again, would keep others from it.
         if there is None or there == self.damaged:
             return False
-        if damage := self.cache.damage(self.key, self.verify):
+        damage = self.cache.damage(self.key, self.verify)
+        if self.required and not damage:
+            seen = darwin_pin.digest_of(self.cache.manifest(self.key))
+            damage = [f"{darwin_pin.NAME} expects {self.required}, seen {seen}"] if seen != self.required else []
+        if damage:
             self.damaged = there
             logger.warning("the cache entry %s is damaged: %s", self.key, summary(damage))
             return False
@@ -202,7 +235,9 @@ def _fill(cache: Cache, settings: Settings, source: Source, key: str, lock: Lock
         model, parts = darwin_cache.model_of(staging), darwin_cache.parts_of(staging)
         transfer = Transfer(source, model, parts, settings.retry, deadline, shared=True)
         with _beating(lock, transfer), _room_made(partial(cache.discard, staging)):
-            first = cache.publish(staging, key, _manifest(source, transfer), settings.verify)
+            manifest = _manifest(source, transfer)
+            _check_required(settings, manifest, partial(cache.discard, staging))
+            first = cache.publish(staging, key, manifest, settings.verify, exactly=bool(settings.required))
         done = True
     except (OSError, RoleError) as error:
         if not lock.is_lost():
@@ -269,7 +304,7 @@ def _last_known(cache: Cache, settings: Settings, ref: tuple[str, float] | None,
         raise RoleError(f"{error}; and the cache {settings.cache} has never held this URI's model") from error
     key, age = ref
     cache.lease(settings.pod, str(settings.output), key, settings.uid)
-    if not _Look(cache, key, settings.verify)():
+    if not _Look(cache, key, settings.verify, settings.required)():
         raise RoleError(f"{error}; and what it last resolved to, cache entry {key}, is not there whole") from error
     what = f"{settings.model_uri} resolved {age / 3600:.1f} hours ago to cache entry {key}:"
     _fall_back(error, what, cache.manifest(key))
@@ -333,7 +368,13 @@ def run(read: Reader, redact: Redactor) -> None:
     )
     deadline = Deadline(settings.timeout_seconds)
     try:
-        (through_cache if settings.strategy == "pvc" else to_output)(settings, deadline)
+        manifest = (through_cache if settings.strategy == "pvc" else to_output)(settings, deadline)
+        logger.info(
+            "%s has sha256 %s, which %s can ask for",
+            settings.model_uri,
+            darwin_pin.digest_of(manifest),
+            darwin_pin.NAME,
+        )
     except NotACache as error:
         raise RoleError(str(error)) from error
     except OSError as error:

@@ -10,8 +10,15 @@ GETTERS = ("text", "required", "choice", "flag", "integer", "number", "raw")
 
 # Which model to fetch, and from where, is read alike by the roles that fetch one.
 ROLES = {
-    "main": ["darwin_serve.py", "darwin_fetch.py", "darwin_keys.py", "darwin_tls.py", "darwin_cors.py"],
-    "init": ["download.py", "darwin_fetch.py"],
+    "main": [
+        "darwin_serve.py",
+        "darwin_fetch.py",
+        "darwin_keys.py",
+        "darwin_tls.py",
+        "darwin_cors.py",
+        "darwin_pin.py",
+    ],
+    "init": ["download.py", "darwin_fetch.py", "darwin_pin.py"],
     "cleanup": ["cleanup.py"],
     "every": ["darwin_log.py"],
 }

@@ -89,7 +89,7 @@ def test_what_may_not_be_looked_at_is_not_damaged(cache: Cache, monkeypatch: pyt
         raise PermissionError(13, "Permission denied")
 
     # Root, who runs the tests in CI, may look at everything.
-    monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr(darwin_disk, "open_regular", denied)
     with pytest.raises(PermissionError):
         cache.damage(KEY)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 import darwin_fetch
 from darwin_env import Reader
-from darwin_fetch import Retry, Unreachable
+from darwin_fetch import RemoteFile, Retry, Source, Unreachable
 from darwin_log import RoleError
 from tests.apiserver import ApiServer
 from tests.conftest import free_port, http_server
@@ -161,10 +162,79 @@ def test_a_bad_knob_of_mlflow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not isinstance(caught.value, Unreachable)
 
 
-@pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a/../../b", "a\\b", "nul\0"])
+@dataclass
+class Told:
+    """A store that lists what it was told, and has nothing."""
+
+    files: Sequence[tuple[str, int | None]] = ()
+    inside: Callable[[str], tuple[list[RemoteFile], list[str]]] = lambda _: ([], [])
+
+    def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
+        return self.inside(directory)
+
+    def open(self, path: str, offset: int) -> None:
+        raise AssertionError(path)
+
+    def download(self, path: str, local: str) -> None:
+        raise AssertionError(path)
+
+    def source(self) -> Source:
+        return Source("s3://b/m", {}, [("MLmodel", 1), *self.files], self)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../up",
+        "/etc/passwd",
+        "a/../../b",
+        "a\\b",
+        "nul\0",
+        "",
+        ".",
+        "./a",
+        "a//b",
+        "\ud800",
+        "é" * 128,
+        "a/" * 1024 + "a",
+    ],
+)
 def test_a_listing_does_not_choose_where_files_go(name: str) -> None:
-    with pytest.raises(RoleError, match="unsafe name"):
-        darwin_fetch.check_names("s3://b/m", ["MLmodel", name])
+    with pytest.raises(RoleError, match=r"unsafe name .*nothing was downloaded"):
+        Told([(name, 1)]).source().files()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([("a", 1), ("a", 1)], "a file twice: 'a'"),
+        ([("a", 1), ("a/b", 1)], "'a' both as a file and as a directory"),
+        ([("a", -1)], "'a' with -1 bytes"),
+        ([(".darwin-x/a", -1), ("b", -(10**30))], "'b' with -1"),
+    ],
+)
+def test_what_can_not_be_true_of_files_is_not_believed(files: list[tuple[str, int | None]], words: str) -> None:
+    with pytest.raises(RoleError, match=words):
+        Told(files).source().files()
+
+
+@pytest.mark.parametrize(
+    ("inside", "words"),
+    [
+        (lambda _: ([], ["loop"]), "'loop' in the directory 'loop', which is not in it"),
+        (lambda directory: ([], [directory]), "not in it"),
+        (lambda _: ([RemoteFile("MLmodel", 1)], []), "'MLmodel' in the directory 'loop'"),
+        (lambda directory: ([], [f"{directory}/.."]), "unsafe name|too deep"),
+        (lambda directory: ([], [f"{directory}/deeper"]), "too deep"),
+        (lambda directory: ([RemoteFile(f"{directory}/{n}", 1) for n in range(100_001)], []), "more than 100000"),
+        (lambda directory: ([], [f"{directory}/{n}" for n in range(5000)]), "more than 100000"),
+    ],
+)
+def test_a_listing_without_an_end_comes_to_one(
+    inside: Callable[[str], tuple[list[RemoteFile], list[str]]], words: str
+) -> None:
+    with pytest.raises(RoleError, match=words):
+        Told([("loop/", None)], inside).source().files()
 
 
 def test_waiting_grows_and_is_bounded() -> None:

@@ -234,6 +234,8 @@ AMBIGUOUS = {
     "a verb that is none": get(b"/version", verb=b"FOO"),
     "a verb in lower case": get(b"/version", verb=b"get"),
     "a long verb": get(b"/version", verb=b"A" * 10_000),
+    "HTTP/0.9": b"GET /version\r\n\r\n",
+    "HTTP/2.0 in the old form": get(b"/version", version=b"HTTP/2.0"),
     "HTTP/1.2": get(b"/version", version=b"HTTP/1.2"),
     "HTTP/3": get(b"/version", version=b"HTTP/3"),
     "HTTP/01.1": get(b"/version", version=b"HTTP/01.1"),
@@ -275,8 +277,6 @@ CLEAR: dict[str, tuple[bytes, list[int | None]]] = {
         [200, None],
     ),
     "chunks of HTTP/1.0": (chunked(CHUNK).replace(b"HTTP/1.1", b"HTTP/1.0") + VERSION, [200, None]),
-    "HTTP/0.9": (b"GET /version\r\n\r\n" + VERSION, [200, None]),
-    "HTTP/2.0 in the old form": (get(b"/version", version=b"HTTP/2.0") + VERSION, [200, None]),
     "another protocol's version": (get(b"/version", version=b"RTSP/1.0") + VERSION, [200, None]),
     "a length between tabs": (post(b"Content-Length:\t%d\t\r\n" % SIZE, length=False), [200]),
     "a length that is none": (post(b"Content_Length: 0\r\n"), [200]),
@@ -333,9 +333,6 @@ def test_each_request_has_one_answer(server: Callable[[str], Served], what: str)
             assert (answer.status, answer.headers["x-request-id"]) == (200, "the-next")
 
 
-# Until the server's own protocol declines them.
-declines = pytest.mark.skipif(not (ROOT / "darwin_connections.py").exists(), reason="needs darwin_connections")
-
 OFFERS = {
     "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
     "websocket": b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
@@ -353,7 +350,6 @@ def test_another_protocol_is_declined(server: Callable[[str], Served], offer: st
         assert answer.status == 200
 
 
-@declines
 @pytest.mark.parametrize("offer", OFFERS)
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_body_is_a_body_also_where_another_protocol_is_offered(
@@ -376,7 +372,6 @@ def test_a_body_is_a_body_also_where_another_protocol_is_offered(
                 assert (first.status, second.headers["x-request-id"]) == (status, "the-next")
 
 
-@declines
 def test_what_follows_a_proxy_s_verb_is_no_request(server: Callable[[str], Served]) -> None:
     served = server("iris")
     for target in (b"/predict", b"x:80"):
@@ -385,7 +380,6 @@ def test_what_follows_a_proxy_s_verb_is_no_request(server: Callable[[str], Serve
             assert wire.answers() in ([400], [405], [])
 
 
-@declines
 def test_trailers_are_no_headers(server: Callable[[str], Served]) -> None:
     served = server("iris")
     trailer = b"X-Request-ID: trailed\r\nContent-Encoding: gzip\r\nAccept: text/csv\r\nExpect: 100-continue\r\n"
@@ -395,6 +389,37 @@ def test_trailers_are_no_headers(server: Callable[[str], Served]) -> None:
         assert answer
         assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
         assert answer.headers["x-request-id"] != "trailed"
+
+
+BESIDE = {
+    "an endless trailer": b"%x\r\n%b\r\n0\r\nA: " % (SIZE, GOOD),
+    "many trailers": b"%x\r\n%b\r\n0\r\n" % (SIZE, GOOD),
+    "an endless extension": b"%x;" % SIZE,
+    "long extensions": b"",
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_comes_beside_a_body_has_an_end(server: Callable[[str], Served], what: str) -> None:
+    served = server("iris")
+    more = {"many trailers": b"A: b\r\n", "long extensions": b"1;%b\r\nx\r\n" % (b"x" * 500)}.get(what, b"x")
+
+    def pour(wire: Wire) -> None:
+        wire.socket.sendall(chunked(BESIDE[what]))
+        for _ in range(200):
+            wire.socket.sendall(more * (2**18 // len(more)))
+
+    with unharmed(served, 20 * 1024 * 1024), Wire(served.url) as wire, pytest.raises(ConnectionError):
+        pour(wire)
+
+
+def test_chunks_may_be_small(server: Callable[[str], Served]) -> None:
+    body = GOOD + b" " * 100_000
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\nA: b\r\n\r\n"
+    with Wire(server("iris").url) as wire:
+        wire.send(chunked(chunks) + VERSION)
+        answers = [wire.answer(), wire.answer()]
+        assert [answer and answer.status for answer in answers] == [200, 200]
 
 
 # Bodies

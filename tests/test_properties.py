@@ -28,7 +28,20 @@ import darwin_v2
 from darwin_app import EXPECTED, Most
 from darwin_plan import Contract, ParamPlan, Rows, plan_of
 from darwin_protocols import Malformed, TooLarge
-from tests.hostile import CASES, CONTRACTS, CSV, NAMES, PARQUET, TARGETS, TOKENS, VALUES, Read, ask, requests, table
+from tests.hostile import (
+    CASES,
+    CONTRACTS,
+    CSV,
+    NAMES,
+    PARQUET,
+    TARGETS,
+    TOKENS,
+    VALUES,
+    Read,
+    ask,
+    requests,
+    table,
+)
 from tests.tensors import binary
 
 MORE = int(os.environ.get("EXAMPLES", 0))
