@@ -80,7 +80,7 @@ class _Servers(contextlib.AsyncExitStack):
             raise Failed(f"it was not ready after {processes.DEADLINE_SECONDS} s") from error
         return started, backend
 
-    async def clients(self, port: int) -> Clients:
+    async def clients(self, port: int, pause: float = PAUSE_SECONDS) -> Clients:
         """Busy from now on."""
         form = SERVERS[self._name].formats["json"]
         found = await asyncio.to_thread(load.rehearse, self._name, port, form, Sample.of(MODEL), 1)
@@ -92,7 +92,7 @@ class _Servers(contextlib.AsyncExitStack):
             (request("POST", form.path, body, {"Content-Type": form.content_type}), right(form.read(answer)))
             for body, answer in zip(found.bodies, found.answers, strict=True)
         ]
-        return Clients(self.balancer.ask, talk, CLIENTS, PAUSE_SECONDS)
+        return Clients(self.balancer.ask, talk, CLIENTS, pause)
 
 
 async def _restart(name: str, restarts: int) -> Seen:
@@ -139,7 +139,7 @@ async def _kill() -> Seen:
     """What clients saw while workers were killed. Raises `Failed`."""
     async with _Servers(OURS, WORKERS=str(WORKERS)) as servers:
         started, _ = await servers.start()
-        clients = await servers.clients(started.port)
+        clients = await servers.clients(started.port, pause=0)
         for _ in range(KILLS):
             while len(workers := processes.family(started.leader).keys() - {started.leader}) < WORKERS:
                 await asyncio.sleep(0.1)
