@@ -408,7 +408,7 @@ def _read_parquet(body: bytes, plan: Plan) -> Rows:
     try:
         _check_parquet(pyarrow.parquet.ParquetFile(io.BytesIO(body)), body)
         table = pyarrow.parquet.ParquetFile(io.BytesIO(body)).read()
-        if not plan.inputs:
+        if not plan.inputs and table.num_rows > 0:
             return Rows(table.to_pandas(), table.num_rows, doubtful=True)
         rows = [list(map(_as_json, row.values())) for row in table.to_pylist()]
     except TooLarge:

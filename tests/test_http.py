@@ -224,6 +224,24 @@ def test_parquet_that_does_not_fit(ours: Callable[[str], str]) -> None:
     assert "row 0, 'petal width (cm)': expected double, got string 'wide'" in answer.json()["message"]
 
 
+@pytest.mark.parametrize("kind", ["iris", "untyped"])
+def test_parquet_without_rows(ours: Callable[[str], str], kind: str) -> None:
+    answer = post_parquet(ours(kind), parquet(pd.DataFrame({name: pd.Series(dtype=float) for name in IRIS})))
+    assert (answer.status_code, answer.json()["error_code"]) == (400, "BAD_REQUEST")
+    assert "at least one row" in answer.json()["message"]
+
+
+@pytest.mark.parametrize("cells", [["x" * 10_000] * 100_000, [["x" * 100] * 10_000] * 100, [[1] * 5_000_000]])
+def test_parquet_that_is_larger_than_it_looks(ours: Callable[[str], str], cells: list[Any]) -> None:
+    file = io.BytesIO()
+    pd.DataFrame({"a": cells}).to_parquet(file, compression="gzip")
+    assert len(file.getvalue()) < 10_000
+    for kind in ("iris", "untyped"):
+        answer = post_parquet(ours(kind), file.getvalue())
+        assert answer.status_code == 413
+        assert "more than" in answer.json()["message"]
+
+
 def test_parquet_of_more_cells_than_may_be(ours: Callable[[str], str]) -> None:
     body = parquet(pd.DataFrame({name: [0.0] * 1_100_000 for name in IRIS}))
     assert len(body) < 100_000
