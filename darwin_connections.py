@@ -126,28 +126,27 @@ class Connection(HttpToolsProtocol):
         self.door = door
         self.crowded = False
         self.unread_since = math.inf
-        # Since when a request is awaited or arriving, or infinite; how much of its head there is, if that is arriving.
+        # Since when a request is awaited or arriving.
         self._awaited = 0.0
-        self._head = 0
         self._in_head = True
-        # What has come since the end of the head and is no body.
+        # How much has come of a head; or, after that, of what is no body.
         self._beside = 0
         self._deaf = False
 
     @property
     def idle(self) -> bool:
         """Whether nothing is arriving, nor being answered."""
-        return not self._head and (self.cycle is None or self.cycle.response_complete)
+        return not self._beside and (self.cycle is None or self.cycle.response_complete)
 
     def since(self) -> float:
-        """The event loop's time since when a request has been awaited or arriving; infinite while one is answered."""
+        """The event loop's time since when the newest request has been awaited or arriving."""
         return self._awaited
 
     def is_late(self, now: float) -> bool:
         """Whether a request has been arriving for too long."""
         if self.flow.read_paused:
             self._awaited = now  # it is we who do not read
-        between = self._in_head and not self._head and self.cycle is not None
+        between = self._in_head and not self._beside and self.cycle is not None
         if between or (self._in_head and self.cycle is not None and not self.cycle.response_complete):
             return False  # uvicorn's to time, or the model's
         return now - self._awaited > self.door.bounds.receive_seconds
@@ -161,7 +160,7 @@ class Connection(HttpToolsProtocol):
         return True
 
     def time_out(self) -> None:
-        if self._head or not self._in_head:
+        if self._beside or not self._in_head:
             self.refuse(Refused(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive."))
         else:
             self.transport.close()
@@ -188,12 +187,9 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._deaf:
             return
-        if self._in_head:
-            if not self._head:
-                self._awaited = self.loop.time()
-            self._head += len(data)
-        else:
-            self._beside += len(data)
+        if self._in_head and not self._beside:
+            self._awaited = self.loop.time()
+        self._beside += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -204,19 +200,9 @@ class Connection(HttpToolsProtocol):
                 refused = Refused(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP request.")
             self.refuse(refused)
         else:
-            if self._in_head and self._head > self.door.bounds.head_bytes:
-                self.refuse(self._too_large())
-            elif not self._in_head and self._beside > self.door.bounds.head_bytes:
-                self.refuse(
-                    Refused(HTTPStatus.BAD_REQUEST, "There is more beside the chunks of the body than in them.")
-                )
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head = True
-        # There may be nothing of it yet but what came with the end of the one before.
-        self._head = self._head or 1
-        self._awaited = self.loop.time()
+            if self._beside > self.door.bounds.head_bytes:
+                why = "There is more beside the chunks of the body than in them."
+                self.refuse(self._too_large() if self._in_head else Refused(HTTPStatus.BAD_REQUEST, why))
 
     def _decline(self, rest: bytes) -> None:
         """Take a request that offers another protocol as one that doesn't, as RFC 9110, 7.8 has it.
@@ -241,15 +227,10 @@ class Connection(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         self._beside -= CHUNK_OVERHEAD
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        # A trailer is none: what a proxy checked or took out of a head must not come back after the body.
-        if self._in_head:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return
-        if self._head > self.door.bounds.head_bytes:
+        if self._beside > self.door.bounds.head_bytes:
             # Much of it may have been body.
             size = len(self.url) + sum(len(name) + len(value) + HEADER_OVERHEAD for name, value in self.headers)
             if size > self.door.bounds.head_bytes:
@@ -259,16 +240,18 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MOST_PIPELINED:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests before the first was answered.")
         self._in_head = False
-        self._head = self._beside = 0
+        self._beside = 0
         if self.crowded and len(self.door.connections) > self.door.bounds.connections:
             self.scope["crowded"] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+        # What a proxy checked or took out of a head must not come back after the body: trailers are not for the scope.
+        self.headers = []
 
     def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():
+        if self._in_head:  # one that offers another protocol: see `_decline`
             return
         self._in_head = True
-        self._awaited = self.loop.time()
+        self._beside = 0
         super().on_message_complete()
 
     def _too_large(self) -> Refused:

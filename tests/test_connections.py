@@ -182,11 +182,16 @@ def test_more_rows_than_are_allowed(role: Served, path: str, padding: int) -> No
 # Time
 
 
-@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /livez", HEAD, GOOD + b"GET /li"])
-def test_a_head_that_does_not_arrive(wire: Wire, sent: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /livez", HEAD])
+@pytest.mark.parametrize("before", [b"", GOOD])
+def test_a_head_that_does_not_arrive(wire: Wire, before: bytes, sent: bytes) -> None:
+    if before and not sent:
+        pytest.skip("that is another setting's time")
+    wire.send(before)
+    if before:
+        wire.until(b"}")
     wire.send(sent)
-    got = answers(wire.rest())
-    assert got == ([200] if sent.startswith(GOOD) else []) + ([408] if sent else [])
+    assert answers(wire.rest()) == ([408] if sent else [])
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 5000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{"])
