@@ -42,6 +42,11 @@ VERSION = "0.1.0"
 # A larger body is not parsed on the event loop, which must go on answering probes.
 PARSE_ASIDE_BYTES = 64 * 1024
 
+# A larger answer is sent in pieces of this size, as its client takes them. While large ones occupy so much, no others
+# are begun.
+PIECE_BYTES = 256 * 1024
+MOST_UNSENT_BYTES = 256 * 1024 * 1024
+
 # How many bodies are decompressed at the same time.
 INFLATING = 2
 
@@ -59,10 +64,11 @@ class Loaded(NamedTuple):
 
 
 class Most(NamedTuple):
-    """What one request may bring."""
+    """What one request may bring, and how long its client may take to read a piece of the answer."""
 
     body_bytes: int = 64 * 1024 * 1024
     rows: int = 1_000_000
+    send_seconds: float = 60
 
 
 class Service:
@@ -83,7 +89,9 @@ class Service:
     ) -> None:
         self.limits = limits
         self.bodies = Bodies(most.body_bytes)
-        self.most_rows = most.rows
+        self.most = most
+        # Of answers that are being sent, all of those that are large.
+        self.unsent = 0
         self.name = name
         self.store = store
         self.meter = meter or Meter(Board(1), 0)
@@ -224,6 +232,8 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         except (TooLarge, Overloaded):
             ask.closing = True  # there may be more of it
             raise
+        if service.unsent > MOST_UNSENT_BYTES:
+            raise Overloaded(1)
         if not contract.streams:
             # At ten times the load, parsing what is then refused would take a tenth of the core from who is let in.
             batcher.check(1, len(body))
@@ -234,8 +244,8 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
 
         def parse(**more: Any) -> Request:
             request = read(body, ask.headers, contract, **more)
-            if request.rows.count > service.most_rows:
-                raise TooLarge(f"{request.rows.count} rows are more than {service.most_rows} (MAX_ROWS)")
+            if request.rows.count > service.most.rows:
+                raise TooLarge(f"{request.rows.count} rows are more than {service.most.rows} (MAX_ROWS)")
             return request
 
         large = len(body) > PARSE_ASIDE_BYTES or protocols.inflates(ask.headers)
@@ -276,7 +286,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
             finally:
                 await pieces.aclose()
 
-        return Flow(events(), service.limits.timeout)
+        return Flow(events(), service.most.send_seconds)
 
     async def predict(ask: Ask) -> Reply | Flow:
         return await answer(ask, protocols.read_predict, service.store)
@@ -460,14 +470,14 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
             endpoint = endpoint._replace(handler=partial(_refuse, error))
         if endpoint.quiet:
             reply = await _reply(endpoint, ask, meter)
-            await _send(send, ask, reply, closing=ask.closing or not service.keep_alive)
+            await _send(send, ask, reply, service, closing=ask.closing or not service.keep_alive)
             return
         meter.began()
         status = 500
         try:
             reply = await _reply(endpoint, ask, meter)
             status = reply.status
-            await _send(send, ask, reply, closing=ask.closing or not service.keep_alive)
+            await _send(send, ask, reply, service, closing=ask.closing or not service.keep_alive)
         finally:
             seconds = perf_counter() - began
             meter.ended(endpoint.protocol, status, seconds)
@@ -518,7 +528,7 @@ def _head(
     return head
 
 
-async def _send(send: Send, ask: Ask, reply: Reply | Flow, *, closing: bool) -> None:
+async def _send(send: Send, ask: Ask, reply: Reply | Flow, service: Service, *, closing: bool) -> None:
     if isinstance(reply, Flow):
         await _pour(send, ask, reply, closing=closing)
         return
@@ -526,7 +536,24 @@ async def _send(send: Send, ask: Ask, reply: Reply | Flow, *, closing: bool) -> 
     head = _head(media_type, headers, ask.trace, closing=closing)
     head.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+    if len(body) > PIECE_BYTES:
+        await _send_large(send, body, service)
+    else:
+        await send({"type": "http.response.body", "body": body})
+
+
+async def _send_large(send: Send, body: bytes, service: Service) -> None:
+    """Send `body` as the client takes it: what a connection has been given, nothing bounds any more."""
+    service.unsent += len(body)
+    try:
+        for at in range(0, len(body), PIECE_BYTES):
+            piece, more = body[at : at + PIECE_BYTES], at + PIECE_BYTES < len(body)
+            message = {"type": "http.response.body", "body": piece, "more_body": more}
+            await asyncio.wait_for(send(message), service.most.send_seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        return  # uvicorn ends the connection of an answer that was not finished
+    finally:
+        service.unsent -= len(body)
 
 
 async def _pour(send: Send, ask: Ask, flow: Flow, *, closing: bool) -> None:

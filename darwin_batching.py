@@ -196,7 +196,7 @@ class Batcher:
         self._on_hang = on_hang
         # What waits, by what may go together; the kinds take turns.
         self._queues: dict[Hashable, deque[Job]] = {}
-        self._rows = self._bytes = 0
+        self._jobs = self._rows = self._bytes = 0
         # Admitted and, as far as is known, unanswered; the oldest first.
         self._open: deque[Job] = deque()
         self._alarm: asyncio.TimerHandle | None = None
@@ -225,7 +225,7 @@ class Batcher:
         """The seconds that what waits will take, going by what batches have cost lately; 0 before there was any."""
         if self._batch_seconds == math.inf:
             return 0.0
-        batches = len(self._queues) + self._rows / self._limits.batch_rows
+        batches = min(self._jobs, len(self._queues) + self._rows / self._limits.batch_rows)
         return batches * self._batch_seconds + self._rows * self._seconds_beyond / self._rows_done
 
     def check(self, count: int, size: int) -> None:
@@ -267,6 +267,7 @@ class Batcher:
         size += REQUEST_BYTES
         job = Job(parse, kind, count, size, gone, loop.create_future(), loop.time(), perf_counter())
         self._queues.setdefault(job if kind is None else kind, deque()).append(job)
+        self._jobs += 1
         self._rows += count
         self._bytes += size
         self._watcher.queued(self._rows)
@@ -313,6 +314,7 @@ class Batcher:
             waiting = self._queues.pop(key)
             while waiting and (not batch or count + waiting[0].count <= self._limits.batch_rows):
                 job = waiting.popleft()
+                self._jobs -= 1
                 self._rows -= job.count
                 self._bytes -= job.size
                 if not job.answer.done():
@@ -415,6 +417,7 @@ class Batcher:
     def _put_back(self, batch: list[Job]) -> None:
         """Have each of `batch` go next, alone."""
         self._queues = {**{job: deque([job]) for job in batch}, **self._queues}
+        self._jobs += len(batch)
         self._rows += sum(job.count for job in batch)
         self._bytes += sum(job.size for job in batch)
 

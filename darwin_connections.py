@@ -7,9 +7,12 @@ bounds neither heads nor how long they, and the answers, may take; this is its p
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -80,8 +83,7 @@ class Door:
         if count > most:
             idle = min((other for other in self.connections if other.idle), key=Connection.since, default=None)
             if idle and idle is not connection:
-                idle.transport.close()
-                self.connections.discard(idle)
+                idle.leave()
             elif count > 2 * most:
                 connection.transport.abort()
             else:
@@ -102,10 +104,10 @@ class Door:
         now = loop.time()
         unread: list[Connection] = []
         for connection in tuple(self.connections):
-            if connection.is_late(now):
-                connection.time_out()
-            elif connection.is_unread(now):
+            if connection.is_unread(now):
                 unread.append(connection)
+            elif not connection.transport.is_closing() and connection.is_late(now):
+                connection.time_out()
         # Those that have waited longest go first.
         unread.sort(key=lambda connection: connection.unread_since)
         held = sum(connection.transport.get_write_buffer_size() for connection in unread)
@@ -135,12 +137,14 @@ class Connection(HttpToolsProtocol):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is arriving, nor being answered."""
-        return not self._beside and (self.cycle is None or self.cycle.response_complete)
+        """Whether nothing is arriving, nor being answered, nor left to be read."""
+        busy = self._beside or self.transport.is_closing() or self.transport.get_write_buffer_size()
+        return not busy and (self.cycle is None or self.cycle.response_complete)
 
     def since(self) -> float:
-        """The event loop's time since when the newest request has been awaited or arriving."""
-        return self._awaited
+        """The event loop's time since when the next request has been awaited, or the newest is arriving."""
+        timer = self.timeout_keep_alive_task
+        return timer.when() - self.timeout_keep_alive if timer else self._awaited
 
     def is_late(self, now: float) -> bool:
         """Whether a request has been arriving for too long."""
@@ -152,8 +156,10 @@ class Connection(HttpToolsProtocol):
         return now - self._awaited > self.door.bounds.receive_seconds
 
     def is_unread(self, now: float) -> bool:
-        """Whether there is something that the client has not read yet."""
-        if not self.transport.get_write_buffer_size():
+        """Whether there is something left of a whole answer that the client has not read yet."""
+        answering = self.cycle is not None and not (self.cycle.response_complete or self.transport.is_closing())
+        # Of an answer in pieces, each has its time, and the application takes it.
+        if answering or not self.transport.get_write_buffer_size():
             self.unread_since = math.inf
             return False
         self.unread_since = min(self.unread_since, now)
@@ -164,6 +170,28 @@ class Connection(HttpToolsProtocol):
             self.refuse(Refused(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive."))
         else:
             self.transport.close()
+
+    def leave(self) -> None:
+        """Close without waiting for a client's last word, which over TLS many never say."""
+        if self.scheme == "https" and not self._held_by_system():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _held_by_system(self) -> int:
+        """How many bytes have been sent that the client's side has not taken yet, where the system tells."""
+        ours = self.transport.get_extra_info("socket")
+        try:
+            return int.from_bytes(fcntl.ioctl(ours.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
+
+    def shutdown(self) -> None:
+        """Called by uvicorn when the server ends."""
+        if self.idle:
+            self.leave()
+        else:
+            super().shutdown()
 
     def reset(self) -> None:
         """End the connection at once, with what the system holds for the client, who may never take it."""
@@ -239,11 +267,11 @@ class Connection(HttpToolsProtocol):
             raise Refused(HTTPStatus.BAD_REQUEST, "This server speaks HTTP/1.1.")
         if len(self.pipeline) >= MOST_PIPELINED:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests before the first was answered.")
-        self._in_head = False
-        self._beside = 0
         if self.crowded and len(self.door.connections) > self.door.bounds.connections:
             self.scope["crowded"] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+        self._in_head = False
+        self._beside = 0
         # What a proxy checked or took out of a head must not come back after the body: trailers are not for the scope.
         self.headers = []
 
@@ -253,6 +281,12 @@ class Connection(HttpToolsProtocol):
         self._in_head = True
         self._beside = 0
         super().on_message_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            # It was answered before it had arrived, and its arrival has stopped uvicorn's timer.
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _too_large(self) -> Refused:
         why = f"The request's head is larger than {self.door.bounds.head_bytes} bytes (MAX_HEADER_KB)."

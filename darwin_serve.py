@@ -292,8 +292,8 @@ class Server(uvicorn.Server):
 def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
     """The connections that wait at `listener`."""
     listener.setblocking(False)
-    with contextlib.suppress(BlockingIOError, ConnectionError):
-        while True:
+    with contextlib.suppress(OSError):  # there are no more, or no files for more
+        for _ in range(BACKLOG):
             yield listener.accept()[0]
 
 
@@ -309,7 +309,7 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
     limits = Limits(settings.batch_rows, settings.queue_rows, settings.request_timeout)
     bounds = Bounds(settings.head_bytes, settings.connections, settings.receive_seconds, settings.send_seconds)
     store = FeatureStore(settings.store_url, settings.store_admin_url) if settings.store_url else None
-    most = Most(settings.body_bytes, settings.rows)
+    most = Most(settings.body_bytes, settings.rows, settings.send_seconds)
     service = Service(limits, settings.model_name, store, Meter(board, number), most, settings.guard)
     app, tls = make_app(service, settings.root_path), settings.tls
     config = uvicorn.Config(
@@ -454,7 +454,8 @@ def serve(read: Reader, redact: Redactor) -> None:
     settings = Settings.from_env(read)
     log_settings(read.seen, redact)
     share_cpus(settings.workers, cpu_limit(), os.environ)
-    _allow_files(2 * settings.connections)
+    # Those in the middle of a TLS handshake are not counted yet.
+    _allow_files((4 if settings.tls else 2) * settings.connections)
     downloaded = contextlib.nullcontext(Path()) if settings.model_path else darwin_fetch.scratch()
     with downloaded as directory:
         (serve_alone if settings.workers == 1 else serve_together)(settings, directory)

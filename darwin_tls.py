@@ -20,9 +20,9 @@ import uvloop
 from darwin_env import Reader
 from darwin_mounts import Mounted, Unusable, content
 
-# How long a client may take for the handshake; and for its last word, which many never say, when we end a connection.
+# How long a client may take for the handshake; and for what is left of an answer, and its last word, when we close.
 HANDSHAKE_SECONDS = 10.0
-GOODBYE_SECONDS = 1.0
+GOODBYE_SECONDS = 10.0
 
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 

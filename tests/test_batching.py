@@ -253,6 +253,23 @@ def test_who_would_wait_too_long_is_told_so_at_once(batching: bool) -> None:
     run(test)
 
 
+def test_one_large_request_is_one_batch() -> None:
+    async def test() -> None:
+        bench = Bench(Limits(timeout=8, batch_rows=2))
+        first, gate = await bench.occupied()
+        bench.batcher._learn(1.0, 1)
+        large = bench.ask(*range(1000))
+        await asyncio.sleep(0)
+        small = bench.ask(1)
+        await asyncio.sleep(0)
+        assert not small.done()
+        gate.set()
+        await asyncio.gather(first, large)
+        assert await small == b"[2.0]"
+
+    run(test)
+
+
 def test_large_bodies_count_by_their_size() -> None:
     async def test() -> None:
         bench = Bench()

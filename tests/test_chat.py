@@ -231,7 +231,7 @@ def test_who_does_not_read_is_left(tmp_path: Path) -> None:
     left = tmp_path / "left"
     body = json.dumps({"prompt": "go on", "stream": True, "left": str(left)}).encode()
     head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with serving(model_path("chatting"), WORKERS=1, REQUEST_TIMEOUT_SECONDS=0.5) as served:
+    with serving(model_path("chatting"), WORKERS=1, SEND_TIMEOUT_SECONDS=0.5) as served:
         address = urlsplit(served.url)
         with socket.create_connection((str(address.hostname), address.port or 0), timeout=60) as client:
             client.sendall(head + body)

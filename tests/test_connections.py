@@ -8,6 +8,8 @@ import re
 import resource
 import socket
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,23 +226,71 @@ def test_a_connection_between_requests_has_its_own_time(role: Served) -> None:
             assert wire.rest() == b""
 
 
-def test_an_answer_that_nobody_reads(role: Served) -> None:
-    with serving(model_path("iris"), WORKERS=1, SEND_TIMEOUT_SECONDS=1) as served:
+# Its answer is of some 6 MB, more than the system takes from the server before the client does.
+LARGE = json.dumps(
+    {
+        "dataframe_split": {"columns": list(IRIS), "data": [list(IRIS.values())] * 100_000},
+        "params": {"predict_method": "predict_proba"},
+    }
+).encode()
+LARGE_HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+ASK_LARGE = LARGE_HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(LARGE), LARGE)
+
+
+def was_reset(wire: Wire) -> bool:
+    """Whether the other end has ended the connection for good; we need not read for that."""
+    return wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+
+@pytest.mark.parametrize("more", [b"", b"GET /li"])
+def test_an_answer_that_nobody_reads(more: bytes) -> None:
+    with serving(model_path("iris"), WORKERS=1, SEND_TIMEOUT_SECONDS=1, RECEIVE_TIMEOUT_SECONDS=1) as served:
         deaf = [Wire(served, receive_buffer=4096) for _ in range(5)]
-        rows = json.dumps(
-            {
-                "dataframe_split": {"columns": list(IRIS), "data": [list(IRIS.values())] * 100_000},
-                "params": {"predict_method": "predict_proba"},
-            }
-        )
-        head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         for wire in deaf:
-            wire.send(head, b"Content-Length: %d\r\n\r\n" % len(rows), rows.encode())
+            wire.send(ASK_LARGE + more)
         for wire in deaf:
-            # To its error state, which a reset brings, it gets without our reading.
-            wait_until(lambda wire=wire: wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0, "the reset")  # type: ignore[misc]
+            wait_until(partial(was_reset, wire), "the reset")
             wire.socket.close()
         assert served.post("/predict", {"features": IRIS}).status_code == 200
+        # It was not told again and again that it was late.
+        assert 'status="408"' not in served.get("/metrics").text
+
+
+def test_who_reads_slowly_gets_all_of_a_large_answer() -> None:
+    with serving(model_path("iris"), WORKERS=1, SEND_TIMEOUT_SECONDS=5, KEEP_ALIVE_SECONDS=0.1) as served:
+        slow, usual = Wire(served, receive_buffer=4096), Wire(served)
+        for wire in (slow, usual):
+            wire.send(LARGE_HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(LARGE), LARGE))
+        _head, _, expected = usual.rest().partition(b"\r\n\r\n")
+        assert len(expected) > 5_000_000
+        assert slow.rest().partition(b"\r\n\r\n")[2] == expected
+        for wire in (slow, usual):
+            wire.socket.close()
+
+
+def test_who_has_something_to_read_does_not_make_room() -> None:
+    with serving(model_path("iris"), WORKERS=1, MAX_CONNECTIONS=4, SEND_TIMEOUT_SECONDS=2) as served:
+        files = Path(f"/proc/{served.process.pid}/fd")
+        before = len(list(files.iterdir()))
+        deaf = []
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # there are too many
+            for _ in range(20):
+                deaf.append(Wire(served, receive_buffer=4096))
+                deaf[-1].send(ASK_LARGE)
+        assert len(list(files.iterdir())) - before <= 2 * 4 + 1
+        wait_until(lambda: len(list(files.iterdir())) <= before, "the end of all")
+        for wire in deaf:
+            wire.socket.close()
+
+
+def test_a_connection_whose_answer_came_first_is_not_kept_for_good() -> None:
+    with serving(model_path("iris"), WORKERS=1, KEEP_ALIVE_SECONDS=0.5) as served:
+        wire = Wire(served)
+        wire.send(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        wire.until(b"}")
+        wire.send(b"late")
+        assert wire.rest() == b""
+        wire.socket.close()
 
 
 # Places
@@ -297,6 +347,11 @@ def test_connections_that_are_idle_make_room() -> None:
         for wire in idle:
             wire.send(GOOD)
             wire.until(b"}")
+            if wire is idle[0]:
+                # The server's clock counts milliseconds.
+                for _ in range(20):
+                    idle[3].send(GOOD)
+                    idle[3].until(b"}")
         for _ in range(20):
             assert served.post("/predict", {"features": IRIS}).status_code == 200
         assert idle[0].rest() == b""  # the first was idle for longest

@@ -141,3 +141,11 @@ def test_make_says_what_can_be_made() -> None:
         "lock",
         "clean",
     ]
+
+
+def test_tests_that_the_security_policy_names_exist() -> None:
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 50
+    for file, name in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert not name or f"\ndef {name}(" in text, f"{file}::{name}"
