@@ -10,7 +10,7 @@ import pytest
 
 import darwin_log
 from darwin_env import ConfigError, Reader
-from darwin_log import Redactor, RoleError, log_settings, run_role, set_up
+from darwin_log import LONGEST, Redactor, RoleError, log_settings, run_role, set_up
 
 PASSWORD = "correct horse/battery?"
 ENVIRON = {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "AWS_SECRET_ACCESS_KEY": "abcd1234"}
@@ -181,3 +181,15 @@ def test_no_line_looks_like_one_of_ours_that_is_none(capsys: pytest.CaptureFixtu
     assert all(line.isprintable() for line in lines)
     *_, told, end = lines
     assert (end, json.loads(told)["message"]) == ("", f"it failed: {forged}")
+
+
+@pytest.mark.parametrize("piece", ["a", "://", "a@", "token", "Bearer ", "secret_access_", "-"])
+def test_a_long_text_is_cut_and_not_pored_over(piece: str) -> None:
+    redact = Redactor({"SOME_TOKEN": "abcdefgh-ijkl"})
+    text = redact("see abcdefgh-ijkl " + piece * 10_000_000)
+    assert text.startswith("see *** ")
+    assert text.endswith(f"... ({18 + len(piece) * 10_000_000} characters in all)")
+    assert len(text) < LONGEST
+    # Nor is a part of a secret shown because the rest was cut off.
+    for ahead in range(LONGEST - 20, LONGEST + 5):
+        assert "abcdefg" not in redact("x" * ahead + "abcdefgh-ijkl" + "x" * 100)
