@@ -187,10 +187,9 @@ class Ask:
 
 
 class Flow(NamedTuple):
-    """An answer in pieces; the client may take `timeout` seconds to read one."""
+    """An answer in pieces."""
 
     pieces: AsyncGenerator[bytes, None]
-    timeout: float
     media_type: str = darwin_streaming.MEDIA_TYPE
     status: int = 200
 
@@ -286,7 +285,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
             finally:
                 await pieces.aclose()
 
-        return Flow(events(), service.most.send_seconds)
+        return Flow(events())
 
     async def predict(ask: Ask) -> Reply | Flow:
         return await answer(ask, protocols.read_predict, service.store)
@@ -442,14 +441,9 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
     def nowhere(path: str, allowed: list[str]) -> Speaking:
         """What answers where there is no route, or none for the verb, in the words of its neighbours."""
 
-        async def refuse(_: Ask) -> Reply:
-            raise HTTPException(405 if allowed else 404, headers={"Allow": ", ".join(allowed)} if allowed else None)
-
+        error = HTTPException(405 if allowed else 404, headers={"Allow": ", ".join(allowed)} if allowed else None)
         kinds = {"v1": v1, "v2": v2}
-        return kinds.get(path[1:].partition("/")[0], other)(refuse)
-
-    async def turn_away(_: Ask) -> Reply:
-        raise Overloaded(1)
+        return kinds.get(path[1:].partition("/")[0], other)(partial(_refuse, error))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
@@ -464,7 +458,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         ask = Ask(scope, receive, headers, trace)
         if "crowded" in scope:  # see darwin_connections
             ask.closing = True
-            endpoint = endpoint if endpoint.quiet else endpoint._replace(handler=turn_away)
+            endpoint = endpoint if endpoint.quiet else endpoint._replace(handler=partial(_refuse, Overloaded(1)))
         # Before anything of the body is read, and in the words of the protocol, also where there is no route.
         if guard is not None and (error := guard.refusal(scope, headers, path)) is not None:
             endpoint = endpoint._replace(handler=partial(_refuse, error))
@@ -530,7 +524,7 @@ def _head(
 
 async def _send(send: Send, ask: Ask, reply: Reply | Flow, service: Service, *, closing: bool) -> None:
     if isinstance(reply, Flow):
-        await _pour(send, ask, reply, closing=closing)
+        await _pour(send, ask, reply, service.most.send_seconds, closing=closing)
         return
     status, body, media_type, headers = reply
     head = _head(media_type, headers, ask.trace, closing=closing)
@@ -556,8 +550,8 @@ async def _send_large(send: Send, body: bytes, service: Service) -> None:
         service.unsent -= len(body)
 
 
-async def _pour(send: Send, ask: Ask, flow: Flow, *, closing: bool) -> None:
-    """Send the pieces of `flow` as they come, until the client leaves or does not read for too long."""
+async def _pour(send: Send, ask: Ask, flow: Flow, seconds: float, *, closing: bool) -> None:
+    """Send the pieces of `flow` as they come, until the client leaves or takes more than `seconds` to read one."""
     head = _head(flow.media_type, (), ask.trace, closing=closing)
     await send({"type": "http.response.start", "status": flow.status, "headers": head})
     left = asyncio.ensure_future(ask.receive())
@@ -574,7 +568,7 @@ async def _pour(send: Send, ask: Ask, flow: Flow, *, closing: bool) -> None:
                 part = piece.result()
             except StopAsyncIteration:
                 break
-            await asyncio.wait_for(send({"type": "http.response.body", "body": part, "more_body": True}), flow.timeout)
+            await asyncio.wait_for(send({"type": "http.response.body", "body": part, "more_body": True}), seconds)
         await send({"type": "http.response.body", "body": b""})
     except (TimeoutError, asyncio.TimeoutError):
         return  # uvicorn ends the connection of an answer that was not finished

@@ -120,7 +120,7 @@ def _login_forms(user: str, password: str) -> set[str]:
 
 
 def _strings(text: str) -> list[str]:
-    """Every string in some JSON, but for the names; nothing where it is none."""
+    """Every string in some JSON, but for the names; the text itself where it is none."""
     try:
         waiting = [json.loads(text or "null")]
     except (ValueError, RecursionError):

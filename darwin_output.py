@@ -51,19 +51,15 @@ def read(output: Path) -> Record | None:
         return None
 
 
-def holds(output: Path, key: str, verify: str = "size") -> bool:
-    """True when the output is a copy of the model `key`, whole as far as `verify` (of `darwin_manifest`) looks."""
-    record = read(output)
-    return record is not None and record.key == key and _is_whole(output, record, verify)
+def held(output: Path, verify: str = "size", *, model_uri: str | None = None, key: str | None = None) -> Record | None:
+    """The record of the model at the output, if that is a whole copy, and is of `model_uri` or has `key`, where given.
 
-
-def held(output: Path, model_uri: str | None, verify: str = "size") -> Record | None:
-    """The record of the model at the output, if that came from `model_uri`, if one is given, and is a whole copy; see
-    `holds`."""
+    The files themselves are looked at, as far as `verify` says, and last; what is only linked is no copy.
+    """
     record = read(output)
-    if record is None or model_uri not in (None, record.manifest.model_uri) or not _is_whole(output, record, verify):
+    if record is None or key not in (None, record.key) or model_uri not in (None, record.manifest.model_uri):
         return None
-    return record
+    return record if _is_whole(output, record, verify) else None
 
 
 def clear(output: Path) -> None:

@@ -25,7 +25,7 @@ from darwin_cells import MOST_DEPTH, InputError, ParamsError, Spec, nested_too_d
 from darwin_json import Unwritable, dump, plain
 from darwin_keys import Forbidden, Unauthorized
 from darwin_model import PredictionFailed, Refused
-from darwin_plan import Contract, Plan, Rows, describe
+from darwin_plan import MOST_CELLS, Contract, Plan, Rows, describe
 
 JSON = "application/json"
 CSV = "text/csv"
@@ -48,8 +48,7 @@ METHOD = "predict_method"
 # No data compresses better than this, beyond the first megabyte.
 INFLATION = 100
 
-# A Parquet file can hold any number of equal cells, of any length, in a few bytes.
-MOST_CELLS = 4_000_000
+# A Parquet file can hold any number of equal cells, of any length, in a few bytes: both are bounded.
 MOST_PARQUET_BYTES = 64 * 1024 * 1024
 
 # Each takes at least 56 bytes of memory, and two of the body.

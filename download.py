@@ -97,7 +97,7 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
     """`emptydir`: the model's files at OUTPUT_PATH itself. Returns their manifest."""
     _make_output(settings.output)
     _clear_other(settings)
-    held = darwin_output.held(settings.output, mask_uri(settings.model_uri), settings.verify)
+    held = darwin_output.held(settings.output, settings.verify, model_uri=mask_uri(settings.model_uri))
     try:
         source = _resolve(settings, deadline, fallback=held is not None)
     except Unreachable as error:
@@ -106,12 +106,12 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
         _fall_back(error, f"{settings.output} holds", held.manifest)
         return held.manifest
     key = darwin_cache.make_key(source.identity, source.listing)
-    # What was just found whole is not read again.
-    there = held or darwin_output.held(settings.output, None, settings.verify)
-    if there and there.key == key:
+    # What was just found whole is not read again, and nothing is read of another model.
+    held = held or darwin_output.held(settings.output, settings.verify, key=key)
+    if held and held.key == key:
         darwin_output.unstage(settings.output)
         logger.info("%s already holds %s, 0 bytes transferred", settings.output, _named(source))
-        return there.manifest
+        return held.manifest
     staging = darwin_output.stage(settings.output, key)
     with _room_made(lambda: darwin_output.unstage(settings.output)):
         model, parts = darwin_output.staged(staging)
@@ -325,7 +325,7 @@ def _provide(cache: Cache, settings: Settings, key: str) -> None:
             raise
         logger.info("there is no %s here; the model is in the cache only: %s", settings.output, cache.model(key))
         return
-    if settings.link_mode == "copy" and darwin_output.holds(settings.output, key, settings.verify):
+    if settings.link_mode == "copy" and darwin_output.held(settings.output, settings.verify, key=key):
         darwin_output.unstage(settings.output)
         logger.info("%s already holds a copy of %s", settings.output, cache.model(key))
         return

@@ -1,4 +1,4 @@
-"""A clean environment for every test, and two real MLflow servers for all that need one."""
+"""A clean environment for every test, two real MLflow servers, a Kubernetes API, and a cache for all that need one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from typing import Any, NoReturn
 
 import pytest
 import requests
+
+from darwin_cache import Cache
+from tests.apiserver import ApiServer
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +52,17 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if _STRAY.match(name):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache.prepare(tmp_path / "cache")
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[ApiServer]:
+    with ApiServer(tmp_path / "serviceaccount", namespace="default") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

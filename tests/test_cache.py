@@ -18,11 +18,6 @@ from darwin_manifest import File, Manifest
 KEY, OTHER = "a" * 64, "b" * 64
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache.prepare(tmp_path / "cache")
-
-
 def publish(
     cache: Cache, key: str, content: bytes = b"weights", uri: str = "models:/m/1", verify: str = "size"
 ) -> bool:

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -218,17 +217,6 @@ def test_dead_leases() -> None:
 
 
 # The process
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache.prepare(tmp_path / "cache")
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[ApiServer]:
-    with ApiServer(tmp_path / "serviceaccount", namespace="default") as running:
-        yield running
 
 
 def publish(cache: Cache, key: str, days: float = 0, size: int = 1000) -> None:

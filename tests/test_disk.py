@@ -79,12 +79,6 @@ def few_files(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[ApiServer]:
-    with ApiServer(tmp_path / "serviceaccount", namespace="default") as running:
-        yield running
-
-
-@pytest.fixture
 def model(tmp_path: Path) -> Path:
     path = tmp_path / "a model"
     path.mkdir()

@@ -34,17 +34,6 @@ KEY, OTHER = "a" * 64, "b" * 64
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache.prepare(tmp_path / "cache")
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[ApiServer]:
-    with ApiServer(tmp_path / "serviceaccount", namespace="default") as running:
-        yield running
-
-
-@pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
     """What is not the cache's: it is the same afterwards, in content, times, mode and names."""
     directory = tmp_path / "outside"
