@@ -197,11 +197,14 @@ def manifest_of(model: Path) -> Manifest | None:
 
 def damage_of(model: Path, verify: str) -> list[str] | None:
     """What is wrong with the entry whose model is in the directory `model`, see `Cache.damage`; None where that is no
-    entry of a cache."""
-    if verify == "off" or is_key(model.parent.name):
-        return [] if verify == "off" else _damage(model.parent, verify)
+    entry of a cache, as where the scripts of Darwin's chart put a model into a directory with a name like a key."""
+    if verify == "off":
+        return []
+    entry = model.parent
+    if is_key(entry.name) and any(os.path.lexists(entry / name) for name in (_MANIFEST, _LAST_USED)):
+        return _damage(entry, verify)
     manifest = manifest_of(model)  # an entry that is mounted under another name
-    return _differences(manifest, model.parent, verify) if manifest else None
+    return _differences(manifest, entry, verify) if manifest else None
 
 
 def make_key(identity: Mapping[str, str], listing: Sequence[tuple[str, int | None]]) -> str:

@@ -192,6 +192,21 @@ def test_an_entry_whose_manifest_lies_is_not_served(what: str, cache: Cache) -> 
     assert [entry.key for entry in known] + strange == [KEY]
 
 
+def test_an_entry_that_lost_its_manifest_is_not_served(cache: Cache) -> None:
+    path = entry(cache, WHOLE)
+    (path / "manifest.json").unlink()
+    with pytest.raises(RoleError, match=r"the model is damaged: .*manifest\.json"):
+        darwin_startup.check_whole(path / "model")
+
+
+def test_a_model_that_others_put_into_the_cache_is_served(cache: Cache) -> None:
+    """The scripts of Darwin's chart name directories like keys, too, and leave no manifest."""
+    model = cache.root / ("c" * 64) / "model"
+    model.mkdir(parents=True)
+    (model / "MLmodel").write_text("flavors: {}")
+    darwin_startup.check_whole(model, "sha256")
+
+
 def test_what_the_manifest_does_not_have_is_damage_where_bytes_are_looked_at(cache: Cache) -> None:
     path = entry(cache, WHOLE)
     (path / "model" / "code" / "json.py").write_text("raise SystemExit")
