@@ -65,11 +65,21 @@ class Refused(Exception):
 
 
 class Door:
-    """All connections of one process. `refused` hears the status of each answer that the application had no part in."""
+    """All connections of one process.
 
-    def __init__(self, bounds: Bounds, refused: Callable[[int], None] = lambda _: None) -> None:
+    `refused` hears the status of each answer that the application had no part in, `counted` how many connections there
+    are whenever that changes.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        refused: Callable[[int], None] = lambda _: None,
+        counted: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.bounds = bounds
         self.refused = refused
+        self._counted = counted
         self.connections: set[Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -80,6 +90,7 @@ class Door:
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
         count, most = len(self.connections), self.bounds.connections
+        self._counted(count)
         if count > most:
             idle = min((other for other in self.connections if other.idle), key=Connection.since, default=None)
             if idle and idle is not connection:
@@ -93,6 +104,7 @@ class Door:
 
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        self._counted(len(self.connections))
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         # As exact as it has to be where bounds are short.

@@ -54,7 +54,7 @@ class _Histogram:
 
 
 # The layout of a row.
-_PID, _STARTS, _IN_PROGRESS, _QUEUED, _REJECTED, _REQUESTS = range(6)
+_PID, _STARTS, _IN_PROGRESS, _QUEUED, _CONNECTIONS, _REJECTED, _REQUESTS = range(7)
 _STATUS = {status: index for index, status in enumerate(STATUSES)}
 _OTHER = len(STATUSES)
 _PROTOCOL = {name: _REQUESTS + index * (len(STATUSES) + 1) for index, name in enumerate(PROTOCOLS)}
@@ -80,7 +80,7 @@ class Board:
         self.file = os.memfd_create("darwin-metrics") if file is None else file
         if file is None:
             os.truncate(self.file, size)
-        self._rows = rows
+        self.rows = rows
         self._all = memoryview(mmap.mmap(self.file, size)).cast("d")
 
     def row(self, number: int) -> Row:
@@ -88,13 +88,11 @@ class Board:
 
     def totals(self) -> list[float]:
         """The rows added up."""
-        return [
-            sum(column) for column in zip(*(self.row(number).tolist() for number in range(self._rows)), strict=True)
-        ]
+        return [sum(column) for column in zip(*(self.row(number).tolist() for number in range(self.rows)), strict=True)]
 
     def processes(self) -> dict[str, int]:
         """The process id of each worker that is there, by its number."""
-        found = {str(number): int(self.row(number)[_PID]) for number in range(self._rows)}
+        found = {str(number): int(self.row(number)[_PID]) for number in range(self.rows)}
         return {number: pid for number, pid in found.items() if pid and Path("/proc", str(pid)).exists()}
 
 
@@ -107,7 +105,9 @@ class Meter:
         self._row[_PID] = os.getpid()
         self._row[_STARTS] += 1
         # Whoever was here before took with it what it was doing.
-        self._row[_IN_PROGRESS] = self._row[_QUEUED] = 0
+        self._row[_IN_PROGRESS] = self._row[_QUEUED] = self._row[_CONNECTIONS] = 0
+        # Without the first, which is the waiting room's.
+        self._others = [board.row(other) for other in range(1, board.rows) if other != number]
 
     def began(self) -> None:
         self._row[_IN_PROGRESS] += 1
@@ -133,6 +133,14 @@ class Meter:
     def queued(self, rows: int) -> None:
         self._row[_QUEUED] = rows
 
+    def connected(self, connections: int) -> None:
+        self._row[_CONNECTIONS] = connections
+
+    def has_more_connections(self) -> bool:
+        """Whether another process has fewer connections than this one."""
+        own = self._row[_CONNECTIONS]
+        return any(row[_CONNECTIONS] < own for row in self._others if row[_PID])
+
     def rejected(self) -> None:
         self._row[_REJECTED] += 1
 
@@ -156,6 +164,7 @@ class _Figures(Collector):
         yield rejected
         yield GaugeMetricFamily("darwin_requests_in_progress", "Requests being answered.", totals[_IN_PROGRESS])
         yield GaugeMetricFamily("darwin_queued_rows", "Rows that wait for the model.", totals[_QUEUED])
+        yield GaugeMetricFamily("darwin_connections", "Open connections.", totals[_CONNECTIONS])
         whole = "From a request's head to its answer's end."
         duration = HistogramMetricFamily("darwin_request_duration_seconds", whole, labels=["protocol"])
         for protocol, histogram in _TOTAL.items():

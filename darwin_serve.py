@@ -75,6 +75,7 @@ import darwin_pin
 import darwin_tls
 import darwin_transfer
 import darwin_workers
+from darwin_acceptor import Acceptor
 from darwin_connections import Bounds, Door
 from darwin_cpus import cpu_limit, default_workers, share_cpus
 from darwin_env import Reader
@@ -228,13 +229,24 @@ def _address(host: str, port: int) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which after SIGTERM goes on taking requests for `drain_seconds` while `service` says it is not ready."""
+    """uvicorn, which after SIGTERM goes on taking requests for `drain_seconds` while `service` says it is not ready.
+
+    Where it is `one_of_many` at its port, it takes its part of the connections.
+    """
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, drain_seconds: float, closed: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        drain_seconds: float,
+        closed: Callable[[], None],
+        *,
+        one_of_many: bool = False,
     ) -> None:
         super().__init__(config)
         self.service = service
+        self.one_of_many = one_of_many
+        self.acceptors: list[Acceptor] = []
         self.closed = closed
         self.drain_seconds = drain_seconds
         self.stop_at = math.inf
@@ -263,6 +275,18 @@ class Server(uvicorn.Server):
         made: asyncio.Protocol = make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
         return made
 
+    async def _join(self, client: socket.socket) -> None:
+        """Serve a connection that has been accepted. Raises what its handshake raises."""
+        await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client, ssl=self.config.ssl)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.one_of_many and sockets:
+            await super().startup([])
+            ahead = self.service.meter.has_more_connections
+            self.acceptors = [Acceptor(listener, self._join, ahead) for listener in sockets]
+        else:
+            await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, and answer also those who were accepted but whose request has not arrived yet."""
         # Others may serve those who wait to be accepted, if this one can't.
@@ -271,12 +295,13 @@ class Server(uvicorn.Server):
         waiting = [client for listener in sockets or () for client in _accepted(listener)] if able else []
         for server in self.servers:
             server.close()
+        for acceptor in self.acceptors:
+            acceptor.close()
         for listener in sockets or ():
             listener.close()
         self.closed()
         end = time.monotonic() + LINGER_SECONDS
-        join = partial(asyncio.get_running_loop().connect_accepted_socket, self._protocol, ssl=self.config.ssl)
-        joining = asyncio.gather(*(join(client) for client in waiting), return_exceptions=True)
+        joining = asyncio.gather(*map(self._join, waiting), return_exceptions=True)
         with contextlib.suppress(asyncio.TimeoutError):  # who does not get to speak in time
             await asyncio.wait_for(joining, LINGER_SECONDS)
         while time.monotonic() < end:
@@ -315,7 +340,7 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
     config = uvicorn.Config(
         darwin_cors.shared(app, settings.origins) if settings.origins else app,
         loop="darwin_tls:Loop",
-        http=Door(bounds, service.meter.refused).protocol(),
+        http=Door(bounds, service.meter.refused, service.meter.connected).protocol(),
         ws="none",  # there is no route for it, and a library for it may come along with a model
         ssl_context_factory=(lambda *_: tls) if tls else None,
         lifespan="off",
@@ -328,7 +353,7 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
         # A client that stops half-way through its request must not hold up the end.
         timeout_graceful_shutdown=math.ceil(settings.request_timeout) + 1,
     )
-    server = Server(config, service, settings.drain_seconds, closed)
+    server = Server(config, service, settings.drain_seconds, closed, one_of_many=number > 0)
     # Until uvicorn handles these itself, and afterwards, when it raises them again for whoever handled them before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)

@@ -151,10 +151,15 @@ def peer_has_certificate(transport: asyncio.BaseTransport) -> bool:
 class Loop(uvloop.Loop):
     """uvloop's, with less patience for TLS clients than it has by default, which is 60 s and 30 s."""
 
-    async def create_server(self, *args: Any, ssl: Any = None, **given: Any) -> Any:
-        if ssl:
-            given |= {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": GOODBYE_SECONDS}
-        return await super().create_server(*args, ssl=ssl, **given)
+    async def create_server(self, *args: Any, **given: Any) -> Any:
+        return await super().create_server(*args, **(given | _patience(given.get("ssl"))))
+
+    async def connect_accepted_socket(self, *args: Any, **given: Any) -> Any:
+        return await super().connect_accepted_socket(*args, **(given | _patience(given.get("ssl"))))
+
+
+def _patience(context: ssl.SSLContext | None) -> dict[str, Any]:
+    return {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": GOODBYE_SECONDS} if context else {}
 
 
 def from_env(read: Reader) -> Context | None:
