@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.metadata
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 
 DEFAULTS = {
     # Its log lines go through our handler, which masks secrets.
@@ -20,9 +23,19 @@ DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
+# Where they are, MLflow imports them for what it does with tables. Where they aren't, as with `mlflow-skinny` alone,
+# its clients work without: in 50 MiB less, and a third of a second earlier.
+TABLES = ("pandas", "numpy")
 
-def prepare(**more: str) -> None:
-    """Import MLflow, after setting `DEFAULTS` and `more` where nothing is set. Takes seconds: call it when needed."""
+# Whose entry points are no plugins.
+ITSELF = ("mlflow", "mlflow-skinny", "mlflow-tracing")
+
+
+def prepare(more: Mapping[str, str] = DEFAULTS, *, tables: bool = True) -> None:
+    """Import MLflow, after setting `DEFAULTS` and `more` where nothing is set. Takes seconds: call it when needed.
+
+    Without `tables` it is good for its clients only, in a process that does not load models.
+    """
     for name, value in {**DEFAULTS, **more}.items():
         if not os.environ.get(name):
             os.environ[name] = value
@@ -30,7 +43,7 @@ def prepare(**more: str) -> None:
         return
     collects = gc.isenabled()
     gc.disable()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.nullcontext() if tables or _has_plugins() else _hidden(TABLES):
         # It warns of its own type hints.
         warnings.simplefilter("ignore")
         import mlflow  # noqa: F401
@@ -38,3 +51,22 @@ def prepare(**more: str) -> None:
     gc.freeze()
     if collects:
         gc.enable()
+
+
+def _has_plugins() -> bool:
+    """Whether MLflow imports code of others along with itself, which may need anything."""
+    groups = [group for group in importlib.metadata.entry_points().groups if group.startswith("mlflow.")]
+    plugins = (plugin for group in groups for plugin in importlib.metadata.entry_points(group=group))
+    return any(plugin.dist is None or plugin.dist.name not in ITSELF for plugin in plugins)
+
+
+@contextlib.contextmanager
+def _hidden(names: tuple[str, ...]) -> Iterator[None]:
+    """Have `names` look as if they were not installed."""
+    new = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(new))  # type: ignore[arg-type]  # None is how the import system has it
+    try:
+        yield
+    finally:
+        for name in new:
+            del sys.modules[name]

@@ -245,7 +245,7 @@ def load(directory: Path, model_config: Mapping[str, Any] | None = None, method:
     differences = _differences(requirements, description["flavors"][PYFUNC].get("python_version"))
     if differences:
         logger.warning("the model was made with other versions: %s", "; ".join(differences))
-    darwin_mlflow.prepare(**SERVING)
+    darwin_mlflow.prepare(SERVING)
     try:
         import mlflow.pyfunc
 

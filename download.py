@@ -168,9 +168,12 @@ def _resolve(settings: Settings, deadline: Deadline, *, fallback: bool) -> Sourc
     """Raises as `darwin_fetch.resolve` does, in time to start from what is at hand if there is a `fallback`."""
     left = min(deadline.left(), PATIENCE_SECONDS) if fallback else deadline.left()
     what = f"cannot resolve {settings.model_uri}, for which there are {left:.0f} s of DOWNLOAD_TIMEOUT_SECONDS"
-    return darwin_transfer.within(
-        left, lambda: darwin_fetch.persist(lambda: darwin_fetch.resolve(settings.model_uri), settings.retry), what
-    )
+
+    def resolve() -> Source:
+        darwin_mlflow.prepare(tables=False)
+        return darwin_fetch.persist(lambda: darwin_fetch.resolve(settings.model_uri), settings.retry)
+
+    return darwin_transfer.within(left, resolve, what)
 
 
 def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline) -> str:

@@ -35,6 +35,7 @@ def peak() -> float:
 
 
 def transfer(uri: str, directory: str) -> dict[str, float]:
+    darwin_mlflow.prepare(tables=False)
     source = darwin_fetch.resolve(uri)
     place = Path(directory)
     began = time.monotonic()
@@ -44,7 +45,7 @@ def transfer(uri: str, directory: str) -> dict[str, float]:
 
 
 def imported() -> dict[str, float]:
-    darwin_mlflow.prepare()
+    darwin_mlflow.prepare(tables=False)
     from mlflow import MlflowClient  # noqa: F401 - a client is what a downloader cannot do without
     from mlflow.store.artifact import models_artifact_repo  # noqa: F401
 
@@ -52,7 +53,7 @@ def imported() -> dict[str, float]:
 
 
 def hit() -> dict[str, float]:
-    darwin_mlflow.prepare()
+    darwin_mlflow.prepare(tables=False)
     from mlflow import MlflowClient  # noqa: F401 - its import is no work of ours
     from mlflow.store.artifact import models_artifact_repo  # noqa: F401
 
