@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
-import queue
+import os
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
@@ -79,12 +79,16 @@ class InferenceThread:
     """One thread that runs what it is given, in order. It never keeps the process from ending."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: deque[Callable[[], None]] = deque()
+        # Its count is that of the jobs. Who writes to it has let go of the interpreter's lock when the thread wakes;
+        # out of a queue, the thread would wake only to wait for that, which is two more changes of the thread.
+        self._signal = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         threading.Thread(target=self._work, name="inference", daemon=True).start()
 
     def run(self, job: Callable[[], None]) -> None:
         """Have `job` run, which raises nothing."""
-        self._jobs.put(job)
+        self._jobs.append(job)
+        os.eventfd_write(self._signal, 1)
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -100,9 +104,9 @@ class InferenceThread:
 
     def _work(self) -> None:
         while True:
-            job = self._jobs.get()
+            os.eventfd_read(self._signal)
             try:
-                job()
+                self._jobs.popleft()()
             except BaseException:  # nobody else would answer any more
                 logger.exception("a job on the inference thread failed")
 
@@ -210,6 +214,8 @@ class Batcher:
         # How many rows were being served when the latest batch was delivered, and when that was; what a batch costs at
         # least, and what a row costs beyond that: seconds and rows of the latest batches, older ones counting less.
         self._around = 0
+        # Whether that was a single request, and nobody had come in the meantime: then nobody is expected now.
+        self._lone = True
         self._delivered = 0.0
         self._batch_seconds = math.inf
         self._seconds_beyond = self._rows_done = 0.0
@@ -230,8 +236,10 @@ class Batcher:
 
     def check(self, count: int, size: int) -> None:
         """Raise `Overloaded` if a request of so many rows and bytes that came now would not be let in."""
+        if not self._rows:
+            return
         full = self._rows + count > self._limits.queue_rows or self._bytes + size + REQUEST_BYTES > MAX_QUEUE_BYTES
-        if self._rows and (full or self._wait > WAIT_SHARE * self._limits.timeout):
+        if full or self._wait > WAIT_SHARE * self._limits.timeout:
             raise Overloaded(max(1, math.ceil(self._wait)))
 
     async def predict(self, request: Request, size: int, gone: Callable[[], Awaitable[bool]]) -> Answered:
@@ -276,9 +284,12 @@ class Batcher:
         if self._alarm is None:
             self._alarm = loop.call_later(self._limits.timeout, self._expire)
         if not self._looking and not self._running:
-            self._looking = True
-            self._looked = job.since
-            loop.call_soon(self._look)
+            if self._lone or not self._batching:
+                self._run(self._take())
+            else:
+                self._looking = True
+                self._looked = job.since
+                loop.call_soon(self._look)
         return await job.answer
 
     def _look(self) -> None:
@@ -410,6 +421,7 @@ class Batcher:
                 job.answer.set_result(answer)
         while self._open and self._open[0].answer.done():
             self._open.popleft()
+        self._lone = len(batch) + self._jobs <= 1
         self._learn(seconds, sum(job.count for job in batch))
         self._running = []
         self._look_again(asyncio.get_running_loop())

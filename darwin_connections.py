@@ -13,14 +13,14 @@ import socket
 import struct
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 import darwin_tls
 from darwin_keys import CERTIFIED
@@ -130,6 +130,40 @@ class Door:
         self._timer = None
         if self.connections:
             self._watch(loop)
+
+
+class Cycle(RequestResponseCycle):
+    """uvicorn's request and answer, which goes out in one piece if it is known whole: two are two packets."""
+
+    _start: Any = None
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start" and not self.response_started:
+            self._start = message  # goes with what follows
+            return
+        start, self._start = self._start, None
+        if start is not None:
+            if not message.get("more_body") and self._sent_whole(start, message["body"]):
+                return
+            await super().send(start)
+        await super().send(message)
+
+    def _sent_whole(self, start: Mapping[str, Any], body: bytes) -> bool:
+        """Send all of an answer if it is a plain one, as darwin_app's are, on a connection that stays open."""
+        given = start["headers"]
+        plain = given and given[-1] == (b"content-length", b"%d" % len(body)) and self.scope["method"] != "HEAD"
+        if not plain or not self.keep_alive or self.disconnected or self.flow.write_paused:
+            return False
+        headers = (*self.default_headers, *given)
+        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
+        if b"\nconnection: " in lines or not lines.count(b"\n") == lines.count(b"\r") == len(headers):
+            return False
+        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[start["status"]], lines, body))
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        self.message_event.set()
+        self.on_response()
+        return True
 
 
 class Connection(HttpToolsProtocol):
@@ -282,6 +316,7 @@ class Connection(HttpToolsProtocol):
         if self.crowded and len(self.door.connections) > self.door.bounds.connections:
             self.scope["crowded"] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+        self.cycle.__class__ = Cycle  # uvicorn, who made it, has no place to say so
         self._in_head = False
         self._beside = 0
         # What a proxy checked or took out of a head must not come back after the body: trailers are not for the scope.

@@ -115,8 +115,26 @@ def test_what_waits_goes_together() -> None:
 def test_what_comes_in_one_turn_of_the_loop_goes_together() -> None:
     async def test() -> None:
         bench = Bench()
-        assert await asyncio.gather(*(bench.ask(i) for i in range(5))) == [f"[{2.0 * i}]".encode() for i in range(5)]
-        assert [call for call, _ in bench.model.calls] == [[0, 1, 2, 3, 4]]
+        for _ in range(2):
+            answers = await asyncio.gather(*(bench.ask(i) for i in range(5)))
+            assert answers == [f"[{2.0 * i}]".encode() for i in range(5)]
+        # Nobody was to be expected with the very first.
+        assert [call for call, _ in bench.model.calls] == [[0], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+    run(test)
+
+
+def test_one_after_another_goes_to_the_model_without_another_turn_of_the_loop() -> None:
+    async def test() -> None:
+        bench = Bench()
+        for call in range(3):
+            asked = bench.batcher.predict(Request(rows(call), {}, write), 10, still_there)
+            asked.send(None)
+            assert bench.model.entered.acquire(timeout=60)  # which keeps the loop from turning
+            asked.close()
+            # Until that has been delivered.
+            assert await bench.ask(5) == b"[10.0]"
+            assert bench.model.entered.acquire(timeout=60)
 
     run(test)
 
@@ -164,15 +182,19 @@ def test_a_bad_request_in_a_batch_fails_alone() -> None:
 def test_after_a_batch_failed_each_is_answered_as_soon_as_it_can_be() -> None:
     async def test() -> None:
         bench = Bench()
-        last = bench.model.hold(4)  # after the batch, and two of its requests
+        first, gate = await bench.occupied()
+        last = bench.model.hold(5)  # after the first, the batch, and two of its requests
         good, bad, held = (bench.ask(value) for value in (1, -1, 2))
+        await asyncio.sleep(0)
+        gate.set()
+        assert await first == b"[0.0]"
         assert await good == b"[2.0]"
         with pytest.raises(ValueError, match="no negative numbers"):
             await bad
         assert not held.done()
         last.set()
         assert await held == b"[4.0]"
-        assert [call for call, _ in bench.model.calls] == [[1, -1, 2], [1], [-1], [2]]
+        assert [call for call, _ in bench.model.calls] == [[0], [1, -1, 2], [1], [-1], [2]]
 
     run(test)
 
@@ -184,11 +206,11 @@ def test_an_answer_that_can_not_be_written_fails_alone() -> None:
 
     async def test() -> None:
         bench = Bench()
-        asked = [reply(bench.batcher.predict(Request(rows(i), {}, picky), 1, still_there)) for i in (0, 1, 2)]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        asked = [reply(bench.batcher.predict(Request(rows(i), {}, picky), 1, still_there)) for i in (0, 0, 1, 2)]
+        _, *answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [answers[0], answers[2]] == [b"[0.0]", b"[4.0]"]
         assert isinstance(answers[1], AssertionError)
-        assert len(bench.model.calls) == 1
+        assert [call for call, _ in bench.model.calls] == [[0], [0, 1, 2]]
 
     run(test)
 

@@ -80,6 +80,30 @@ def answers(text: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", text)]
 
 
+# Packets
+
+
+def test_an_answer_comes_in_one_piece(wire: Wire) -> None:
+    for request in [GOOD, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"] * 10:
+        wire.send(request)
+        head, _, body = wire.socket.recv(65536).partition(b"\r\n\r\n")
+        assert b"\r\ncontent-length: %d" % len(body) in head
+        assert json.loads(body)
+
+
+@pytest.mark.parametrize("start", [b"GET /livez HTTP/1.0", b"GET /livez HTTP/1.1\r\nConnection: close"])
+def test_an_answer_after_which_the_connection_ends(wire: Wire, start: bytes) -> None:
+    wire.send(start, b"\r\nHost: x\r\n\r\n")
+    head, _, body = wire.rest().partition(b"\r\n\r\n")
+    assert b"\r\nconnection: close" in head
+    assert json.loads(body) == {"status": "alive"}
+
+
+def test_what_is_asked_with_head_has_no_body(wire: Wire) -> None:
+    wire.send(b"HEAD /livez HTTP/1.1\r\nHost: x\r\n\r\n", GOOD)
+    assert re.fullmatch(rb"HTTP/1.1 200 .*?content-length: 18.*?\r\n\r\nHTTP/1.1 200 .*", wire.until(b"}"), re.DOTALL)
+
+
 # Bytes
 
 

@@ -118,7 +118,7 @@ def test_only_the_proven_method_is_batched() -> None:
 
     async def test() -> None:
         batcher = Batcher(predict, InferenceThread(), Limits(), batching=True, on_hang=lambda: None)
-        methods = ["", "predict_proba", "", "predict_proba", ""]
+        methods = ["predict_proba", "", "predict_proba", "", ""]
         asked = [batcher.predict(Request(rows, {}, lambda output: output, method), 1, here) for method in methods]
         for method, answered in zip(methods, await asyncio.gather(*asked), strict=True):
             assert answered.reply.ndim == (2 if method else 1)
