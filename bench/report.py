@@ -78,7 +78,7 @@ def with_downloads(document: str, outcomes: Sequence[Outcome], rounds: int) -> s
 def _made(title: str, outcomes: Sequence[Outcome], method: str) -> str:
     bars = [row.met for outcome in outcomes for row in outcome.rows if row.met is not None]
     where = ", ".join(machine.describe().values())
-    met = f"{sum(bars)} of {len(bars)} bars are met, on the same kind of machine: {where}."
+    met = f"{sum(bars)} of {len(bars)} bars are met, on this machine: {where}."
     return "\n\n".join([title, met, table(outcomes).rstrip(), method.strip()])
 
 
