@@ -287,9 +287,7 @@ class Batcher:
             if self._lone or not self._batching:
                 self._run(self._take())
             else:
-                self._looking = True
-                self._looked = job.since
-                loop.call_soon(self._look)
+                self._look_again(loop)
         return await job.answer
 
     def _look(self) -> None:
