@@ -36,6 +36,7 @@ from darwin_cells import (
     Spec,
     below,
     cell_of,
+    floats,
     in_bulk,
     need_even,
     nested_too_deep,
@@ -255,32 +256,29 @@ def _pieces(lines: bytes, begin: int) -> Iterator[bytes]:
         begin = end + 1
 
 
-# What ends a line of numbers. Written in one, this number makes that none that can be read so.
-_LINE_END = b"-0.0"
-
 # struct's own cache holds fewer, and pieces of lines have many lengths.
 _doubles = functools.lru_cache(maxsize=1024)(lambda count: struct.Struct(f"{count}d"))
 
 
 def _csv_matrix(lines: bytes, begin: int, width: int) -> Array | None:
-    """The `lines` of `width` numbers from `begin` on, read as JSON, with a column more; None if they are not that."""
-    # Without these, there is nothing in JSON but numbers that would be taken for a number.
-    if any(lines.find(char, begin) >= 0 for char in (b"\r", b"t", b"f")):
+    """The `lines` of `width` numbers from `begin` on, read as JSON with a null after each; None if not that."""
+    # Without these letters, there is no true, false or null in it but ours.
+    if any(lines.find(letter, begin) >= 0 for letter in b"ul"):
         return None
     parts = []
     for piece in _pieces(lines, begin):
-        piece = piece.rstrip(b"\n")
         try:
-            cells = orjson.loads(b"[%b,%b]" % (piece.replace(b"\n", b",%b," % _LINE_END), _LINE_END))
+            cells = orjson.loads(b"[%b,null]" % piece.rstrip(b"\n").replace(b"\n", b",null,"))
+            ends = cells[width :: width + 1]
+            del cells[width :: width + 1]
+            # Where there is a null too many among the numbers, packing raises.
+            if len(cells) != width * len(ends) or ends.count(None) < len(ends):
+                return None
             parts.append(_doubles(len(cells)).pack(*cells))
         except (ValueError, struct.error):
             return None
-    array = np.frombuffer(bytearray().join(parts))
-    if not len(array) or len(array) % (width + 1):
-        return None
-    matrix = array.reshape(-1, width + 1)
-    ends = np.signbit(matrix) & (matrix == 0)
-    return matrix if ends[:, width].all() and not ends[:, :width].any() else None
+    matrix = np.frombuffer(bytearray().join(parts)).reshape(-1, width)
+    return matrix if len(matrix) else None
 
 
 class ColumnPlan:
@@ -321,7 +319,7 @@ class ColumnPlan:
             picked = list(map(_picker(keys), rows))
         except KeyError:
             return self._table([[row.get(key, MISSING) for row in rows] for key in keys], len(rows))
-        return self._rows(picked)
+        return self._floats(picked) or self._rows(picked)
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         """`["a", "b"]` and `[[1, 2], …]`: names once, then a list per row; without names, by position."""
@@ -336,6 +334,8 @@ class ColumnPlan:
 
     def positional(self, rows: list[Any]) -> Rows:
         """`[[1, 2], …]`: a list per row, in the signature's order."""
+        if matrix := self._floats(rows):
+            return matrix
         _need_lists(rows, len(self.columns))
         return self._rows(rows)
 
@@ -419,10 +419,13 @@ class ColumnPlan:
         """What `csv` makes of `body`, read as JSON; None if they could differ, or it makes no matrix."""
         if self._names is None:
             return None
-        body = body.replace(b"\r\n", b"\n") if b"\r" in body else body
+        if b"\r" in body:
+            body = body.replace(b"\r\n", b"\n")
+            if b"\r" in body:
+                return None
         begin = body.find(b"\n") + 1
         header = body[:begin].decode("utf-8-sig")[:-1]
-        if not header or any(char in header for char in '"\r\0'):
+        if not header or any(char in header for char in '"\0'):
             return None
         names = header.split(",")
         where = {name: index for index, name in enumerate(names)}
@@ -432,8 +435,9 @@ class ColumnPlan:
         matrix = _csv_matrix(body, begin, len(names))
         if matrix is None:
             return None
-        # In the order of the signature, and free of what stood between the lines.
-        cells = self.columns[0].cell.of_doubles(matrix.take(order, axis=1))
+        if order != [*range(len(names))]:
+            matrix = matrix.take(order, axis=1)
+        cells = self.columns[0].cell.of_doubles(matrix)
         return None if cells is None else self._matrix(cells, Report())
 
     def sample(self, rows: Rows | None) -> Any:
@@ -456,6 +460,13 @@ class ColumnPlan:
             return self._keys
         names = list(given)[: len(self._keys)]
         return names + self._keys[len(names) :]
+
+    def _floats(self, rows: list[Any]) -> Rows | None:
+        """The rows that are lists or tuples of as many floats as there are columns; None if they need a closer look."""
+        if not self.all_floats or (matrix := floats(rows, len(self.columns))) is None:
+            return None
+        cells = self.columns[0].cell.of_floats(matrix)
+        return None if cells is None else self._matrix(cells, Report())
 
     def _rows(self, rows: Sequence[Sequence[Any]]) -> Rows:
         """`rows` hold a value for each column of the signature."""

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import darwin_cells
 import darwin_plan
-from darwin_cells import MAX_PROBLEMS, InputError, ParamsError
+from darwin_cells import MAX_PROBLEMS, InputError, ParamsError, floats
 from darwin_plan import ParamPlan, Rows, plan_of, together
 
 
@@ -666,9 +667,12 @@ def test_all_at_once_is_as_cell_by_cell(some_request: Any, monkeypatch: pytest.M
     for _ in range(5000):
         specs = some_signature(rng)
         plan, (shape, arguments) = plan_of(specs), some_request(rng, specs)
-        found = outcome(plan, shape, arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(darwin_cells, "_MANY", 1)
+            found = outcome(plan, shape, arguments)
         with monkeypatch.context() as patch:
             patch.setattr(darwin_plan, "in_bulk", lambda *_: None)
+            patch.setattr(darwin_plan, "floats", lambda *_: None)
             patch.setattr(darwin_plan, "_csv_matrix", lambda *_: None)
             expected = outcome(plan, shape, arguments)
         assert found == expected, (specs, shape, arguments)
@@ -685,12 +689,53 @@ def test_all_at_once_is_as_cell_by_cell(some_request: Any, monkeypatch: pytest.M
         "c,x\n1\r,2\n",
         "c,x\ry\n1,2\n",
         "c,x\n[1,2],3\n",
-        "c,x,y\n1,2,3,-0.0,4\n6\n",
+        "c,x,y\n1,2,3,null,4\n6\n",
     ],
 )
 def test_lines_of_other_lengths_never_make_a_matrix(text: str) -> None:
     with pytest.raises(InputError, match="values, got array"):
         one("double").csv(text.encode())
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_many_floats_are_read_at_once_and_nothing_else_is(form: Any) -> None:
+    def rows() -> list[Any]:
+        return [form(row * 1.5 + column for column in range(8)) for row in range(40)]
+
+    np.testing.assert_array_equal(floats(rows(), 8), np.array(rows()))
+    for index, column in ((20, 3), (20, 7), (39, 7), (0, 1)):
+        # The bytes of a long text may look like those of floats.
+        for odd in (
+            1,
+            2**40,
+            True,
+            None,
+            "g" * 8,
+            "g",
+            b"ggg",
+            object(),
+            [1.5],
+            {},
+            np.float64(1.5),
+            1.5 + 0j,
+            "g" * 9 * 9,
+        ):
+            other = [list(row) for row in rows()]
+            other[index][column] = odd
+            assert floats([form(row) for row in other], 8) is None, (index, odd)
+    for at in (0, 20, 39):
+        row: Any
+        for row in (rows()[0][:7], rows()[0] * 2, [], (), {}, 1, None, 1.5, "g" * 72, {str(n): 1.5 for n in range(8)}):
+            assert floats([*rows()[:at], row, *rows()[at:]], 8) is None, (at, row)
+    assert floats([*rows()[:20], list(rows()[0]), tuple(rows()[0])], 8) is None
+    assert floats(rows(), 9) is floats(rows()[:2], 8) is floats([], 8) is floats([[]] * 300, 0) is None
+
+
+def test_a_negative_zero_stays_one_however_it_is_written() -> None:
+    many = "c\n" + "-0.0\n" * 300
+    for text in ("c\n-0.0\n", 'c\n"-0.0"\n', many, many + "\n1\n"):
+        assert str(one("double").csv(text.encode()).value[0, 0]) == "-0.0"
+    assert one("long").csv(b'c\n"-0.0"\n').value.tolist() == [[0]]
 
 
 def test_a_name_given_twice_is_refused_even_if_the_signature_has_it_twice() -> None:
