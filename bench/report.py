@@ -117,6 +117,8 @@ _DOWNLOADS_METHOD = """
 - `mlflow server` as it comes, with a directory as its store, and who downloads share all cores. Every round turns the
   order around; a figure is the median of {rounds} rounds, "ours is" the median over the rounds of their rate.
 - The transfer hashes what arrives and has it on disk (fsync) when it ends; curl and MLflow do neither.
+- Before each, so much memory is used and given back that the machine's host need not find any for the files; they stay,
+  empty, until the end: to make one takes ext4 the longer the more were removed lately.
 - Peak memory is that of the whole process, less that of an interpreter that has imported MLflow's client.
 - A start on a warm cache is `download.py` with `STORAGE_STRATEGY=pvc` in a process that has imported MLflow, less the
   time it waits for answers.

@@ -9,11 +9,13 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -493,6 +495,56 @@ def test_an_encoded_body_is_decoded(tmp_path: Path) -> None:
     with serving(encoded) as served:
         brought(served, tmp_path)
     assert served.offsets == [0]
+
+
+def test_a_quick_store_is_read_in_whole_chunks_to_the_end_and_its_connection_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(darwin_transfer, "GATHER_SECONDS", 1e6)  # the test's machine may be slow
+    size = 5 * darwin_transfer.CHUNK_BYTES + 100
+    bodies = {"large": os.urandom(size), "small": b"end", "MLmodel": b"x"}
+    connections = set()
+    lengths = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            connections.add(self.client_address)
+            body = bodies[self.path[1:]]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            for start in range(0, len(body), 1 << 14):
+                self.wfile.write(body[start : start + (1 << 14)])
+                time.sleep(0.001)  # or all would be there at once
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Store(Served):
+        def open(self, path: str, offset: int) -> urllib3.BaseHTTPResponse:
+            with darwin_fetch.explained("models:/m/2"):
+                return pool.request("GET", f"/{path}", preload_content=False)
+
+        def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
+            return [RemoteFile(name, len(body)) for name, body in bodies.items()], []
+
+    add = darwin_transfer._Part.add
+
+    def counting(part: Any, target: Any, chunk: bytes) -> None:
+        lengths.append(len(chunk))
+        add(part, target, chunk)
+
+    monkeypatch.setattr(darwin_transfer._Part, "add", counting)
+    with http_server(Handler) as url:
+        pool = urllib3.connection_from_url(url, maxsize=1, block=True, timeout=5, retries=False)
+        source = Source("models:/m/2", {}, [(name, len(body)) for name, body in bodies.items()], Store())
+        transfer(source, tmp_path, retries=0).run()
+        pool.close()
+    assert {name: (tmp_path / "model" / name).read_bytes() for name in bodies} == bodies
+    assert len(connections) == 1
+    assert lengths.count(darwin_transfer.CHUNK_BYTES) >= 3
 
 
 def test_a_store_that_trickles_has_stalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
