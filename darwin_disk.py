@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -140,18 +140,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_files(paths: Sequence[Path]) -> None:
-    """Flush files to disk, side by side, so that file systems can do it in few steps."""
+def side_by_side(action: Callable[[Path], None], paths: Sequence[Path]) -> None:
+    """Do something to files that ends on disk, to some at a time, so that file systems can do it in few steps."""
+
+    def each(some: Sequence[Path]) -> None:
+        for path in some:
+            action(path)
+
     if paths:
-        with ThreadPoolExecutor(min(8, len(paths))) as pool:
-            list(pool.map(sync, paths))
+        count = min(8, len(paths))
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(each, [paths[number::count] for number in range(count)]))
 
 
 def sync_tree(root: Path) -> None:
     """Flush every file and directory below `root`, and `root` itself, children before parents."""
     found = [path for path in below(root) if not path.is_symlink()]
     directories = [path for path in found if path.is_dir()]
-    sync_files([path for path in found if path.is_file()])
+    side_by_side(sync, [path for path in found if path.is_file()])
     for directory in (*reversed(directories), root):
         sync(directory)
 

@@ -237,11 +237,14 @@ class Transfer:
         threads = start_threads(at_once, lambda: self._work(todo, ended))
         try:
             while len(found) < len(files):
+                # Not for each file: of thousands, to wake for one costs a part of what bringing it does.
+                next(filter(threading.Thread.is_alive, threads), threads[0]).join(LOOK_SECONDS)
                 with contextlib.suppress(Empty):
-                    file, part = ended.get(timeout=LOOK_SECONDS).result()
-                    found[file.path] = file
-                    if part:
-                        arrived[file.path] = part
+                    while True:
+                        file, part = ended.get_nowait().result()
+                        found[file.path] = file
+                        if part:
+                            arrived[file.path] = part
                 self.deadline.check(f"download of {self.source.uri}")
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     self._commit(arrived)
@@ -277,10 +280,7 @@ class Transfer:
     def _commit(self, arrived: dict[str, _Part]) -> None:
         """Have whole parts on disk, and give them their names. Together: each by itself costs many times as much."""
         paths = {name: part.path for name, part in arrived.items()}
-        for path in paths.values():
-            with darwin_disk.open_regular(path) as file:
-                os.fchmod(file.fileno(), 0o644)  # a local store's own modes may keep other users' containers out
-        darwin_disk.sync_files(list(paths.values()))
+        darwin_disk.side_by_side(_finish, list(paths.values()))
         for name, path in paths.items():
             local = self.model / name
             # Only in the model: what another pod has taken over is not begun anew.
@@ -535,6 +535,12 @@ class _Part:
 
     def is_as_told(self) -> bool:
         return all(hasher.digest() == told for hasher, told in self._told)
+
+
+def _finish(path: Path) -> None:
+    with darwin_disk.open_regular(path) as file:
+        os.fchmod(file.fileno(), 0o644)  # a local store's own modes may keep other users' containers out
+        os.fsync(file.fileno())
 
 
 def _validator(answer: BaseHTTPResponse) -> str:
