@@ -689,6 +689,7 @@ def test_all_at_once_is_as_cell_by_cell(some_request: Any, monkeypatch: pytest.M
         "c,x\n1\r,2\n",
         "c,x\ry\n1,2\n",
         "c,x\n[1,2],3\n",
+        "c,x,y\n1,2,3,-0.0,4\n6\n",
         "c,x,y\n1,2,3,null,4\n6\n",
     ],
 )
