@@ -238,7 +238,8 @@ class Transfer:
         try:
             while len(found) < len(files):
                 # Not for each file: of thousands, to wake for one costs a part of what bringing it does.
-                next(filter(threading.Thread.is_alive, threads), threads[0]).join(LOOK_SECONDS)
+                if working := [thread for thread in threads if thread.is_alive()]:
+                    working[0].join(LOOK_SECONDS)
                 with contextlib.suppress(Empty):
                     while True:
                         file, part = ended.get_nowait().result()
