@@ -11,7 +11,7 @@ BASE := build/base.tar
 STORAGE := build/storage.conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients run test test-all test-image image-report rollouts soak soak-serve soak-cache fuzz lint bench \
+.PHONY: help setup clients run test test-fast test-all test-image image-report rollouts soak soak-serve soak-cache soak-kills fuzz lint bench \
   wheelhouse base-image lock clean
 
 help:  ## Say what can be made
@@ -41,11 +41,23 @@ run: $(READY)  ## Log a small model, download it with download.py, serve it on P
 	  "$$($(BIN)/python examples/curl_line.py $(STORE)/models $(PORT))"
 	MODEL_LOCAL_PATH=$(STORE)/models MODEL_NAME=iris PORT=$(PORT) $(BIN)/python darwin_serve.py
 
+# A process takes a file at a time, since tests of a file share servers.
+JOBS := $(shell nproc)
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY) $(CLIENTS)  ## Run all tests, with the coverage floor; ARGS="-k cache" for some of them, without it
 	@rm -f .coverage .coverage.*
+ifdef ARGS
 	$(BIN)/coverage run -m pytest $(ARGS)
+else
+	$(BIN)/coverage run -m pytest $(SPREAD) -m "not alone"
+	$(BIN)/coverage run -m pytest -m alone
+endif
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report $(if $(ARGS),--fail-under=0)
+
+test-fast: $(READY)  ## Run the tests that start no process, without coverage, in two minutes
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --fast -rfE $(ARGS)
 
 test-all:  ## Run all tests with each Python that is supported, an hour and a half
 	for python in 3.10 3.11 3.12 3.13; do $(MAKE) test PYTHON=python$$python VENV=build/python$$python || exit 1; done
@@ -76,7 +88,7 @@ image-report: $(READY) $(BASE) $(STORAGE)  ## Compare the image's size and packa
 rollouts: $(READY)  ## Restart servers under load 20 times, RESTARTS says otherwise; no request may fail
 	RESTARTS=$(or $(RESTARTS),20) $(BIN)/pytest tests/test_rollout.py $(ARGS)
 
-soak: soak-cache soak-serve  ## Run both of these
+soak: soak-cache soak-kills soak-serve  ## Run these three
 
 soak-serve: $(READY)  ## Serve mixed traffic for half an hour, MINUTES says otherwise; nothing may grow
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
@@ -84,6 +96,9 @@ soak-serve: $(READY)  ## Serve mixed traffic for half an hour, MINUTES says othe
 soak-cache: $(READY)  ## Run the cache's simulation for a million steps, STEPS and SEED say otherwise
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1)
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1) --no-locks
+
+soak-kills: $(READY)  ## Kill downloads and cleanups at every step, and at 300 random times; ask 100,000 mixed requests
+	SHARE=1 $(BIN)/pytest tests/test_crash.py tests/test_mixed_clients.py
 
 fuzz: $(READY)  ## Feed a million inputs to all that reads requests, and try properties at length; RUNS and EXAMPLES say otherwise
 	$(BIN)/python -m tests.fuzz all --runs $(or $(RUNS),1000000)

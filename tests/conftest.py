@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +22,49 @@ import pytest
 import requests
 
 from darwin_cache import Cache
+from tests import prepared, shared
 from tests.apiserver import ApiServer
+from tests.share import SEED, SHARE
 
-ROOT = Path(__file__).parent.parent
+ROOT = prepared.ROOT
+
+# These files take longest. A process of pytest-xdist takes a file at a time, and no long one may come last.
+LONGEST = (
+    *("download", "serve", "hostile", "workers", "journey", "hostile_registry", "schema", "fuzz", "estimators"),
+    *("simulation", "crash", "secrets", "connections", "mixed_clients", "fetch", "properties", "pin"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip each test as soon as it starts a process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    shared.directory()
+    if config.getoption("fast"):
+        for owner, name in ((subprocess.Popen, "__init__"), (os, "fork"), (prepared, "start")):
+            setattr(owner, name, _skipping(getattr(owner, name)))
+
+
+def _skipping(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Skip a test that calls `start`. pytest-xdist, outside of tests, starts its processes with it."""
+
+    def skip_or_start(*arguments: Any, **options: Any) -> Any:
+        if "PYTEST_CURRENT_TEST" in os.environ:
+            pytest.skip("it starts a process")
+        return start(*arguments, **options)
+
+    return skip_or_start
+
+
+def pytest_report_header() -> str:
+    return f"of exhaustive tests 1 part in SHARE={SHARE}, by SEED={SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
 
 # What a developer's machine sets and a test must not see.
 _STRAY = re.compile(
@@ -45,6 +86,11 @@ def clean_environ(**settings: object) -> dict[str, str]:
     """This process's environment without what would leak into a role, and with `settings`."""
     kept = {name: value for name, value in os.environ.items() if not _STRAY.match(name)}
     return kept | {"PYTHONUNBUFFERED": "1"} | {name: str(value) for name, value in settings.items()}
+
+
+def uncovered(environ: Mapping[str, str]) -> dict[str, str]:
+    """This environment for a process of which no coverage is measured: it repeats, at length, what others show."""
+    return {name: value for name, value in environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +136,8 @@ def ours(serving_environment: None) -> Iterator[Callable[[str], str]]:
 def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """The URL of a server of the test's own, on a free port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # It looks so often, in seconds, whether it is to end.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -114,15 +161,15 @@ class Finished:
 
 
 def run_role(script: str, /, **settings: object) -> Finished:
-    """Run `python <script>` to its end, as a container would."""
-    done = subprocess.run(
-        [sys.executable, ROOT / script],
-        env=clean_environ(**settings),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """Run the role `script` to its end, in a fork of a prepared process."""
+    done = prepared.run(ROOT / script, env=clean_environ(**settings))
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def run_fresh(script: str, /, **settings: object) -> Finished:
+    """Run `python <script>` to its end, as a container does."""
+    environ, command = clean_environ(**settings), [sys.executable, str(ROOT / script)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
@@ -152,15 +199,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tracking:
     """A running MLflow server, and what a role needs to reach it."""
 
     uri: str
-    username: str
-    password: str
-    process: subprocess.Popen[str]
-    lines: list[str] = field(default_factory=list)
+    username: str = ""
+    password: str = ""
 
     @property
     def environ(self) -> dict[str, Any]:
@@ -169,73 +214,78 @@ class Tracking:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
+def mlflow_server() -> Iterator[Tracking]:
     """`mlflow server` over sqlite, serving artifacts itself, with the basic-auth app on."""
-    home = tmp_path_factory.mktemp("mlflow-server")
     username, password = "admin", "an-admin-password-1234"
-    (home / "auth.ini").write_text(
-        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
-        f"database_uri = sqlite:///{home}/auth.db\nadmin_username = {username}\nadmin_password = {password}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    with mlflow_serving(home, "--app-name", "basic-auth", username=username, password=password) as running:
-        yield running
+
+    def start(home: Path) -> tuple[str, int]:
+        (home / "auth.ini").write_text(
+            "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
+            # Hashing the password again for each request takes a tenth of a second.
+            "auth_cache_ttl_seconds = 3600\n"
+            f"database_uri = sqlite:///{home}/auth.db\nadmin_username = {username}\nadmin_password = {password}\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        )
+        return start_mlflow(home, "--app-name", "basic-auth")
+
+    with shared.server("mlflow-with-logins", start) as uri:
+        yield Tracking(uri, username, password)
 
 
 @pytest.fixture(scope="session")
-def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
-    """The same without authentication, which takes the server a tenth of a second for each request."""
-    with mlflow_serving(tmp_path_factory.mktemp("open-server")) as running:
-        yield running
+def open_server() -> Iterator[Tracking]:
+    """The same without authentication."""
+    with shared.server("mlflow", start_mlflow) as uri:
+        yield Tracking(uri)
 
 
 @contextmanager
-def mlflow_serving(
-    home: Path, *arguments: str, host: str = "127.0.0.1", port: int = 0, username: str = "", password: str = ""
-) -> Iterator[Tracking]:
+def mlflow_serving(home: Path, *arguments: str, host: str = "127.0.0.1", port: int = 0) -> Iterator[Tracking]:
     """An `mlflow server` that keeps everything in `home`."""
+    uri, group = start_mlflow(home, *arguments, host=host, port=port)
+    try:
+        yield Tracking(uri)
+    finally:
+        os.killpg(group, signal.SIGTERM)
+
+
+def start_mlflow(home: Path, *arguments: str, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
+    """Start an `mlflow server` that keeps everything in `home`; return its URI and process group. It outlives us."""
     port = port or free_port()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", *arguments),
-            *("--host", host, "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
-            *("--serve-artifacts", "--artifacts-destination", str(home / "artifacts")),
-        ],
-        env=clean_environ(
-            MLFLOW_AUTH_CONFIG_PATH=home / "auth.ini",
-            MLFLOW_FLASK_SERVER_SECRET_KEY="a-secret-for-forms",
-            MLFLOW_DISABLE_TELEMETRY="true",
-        ),
-        cwd=home,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", *arguments),
+        *("--host", host, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
+        *("--serve-artifacts", "--artifacts-destination", str(home / "artifacts")),
+    ]
+    environ = clean_environ(
+        MLFLOW_AUTH_CONFIG_PATH=home / "auth.ini",
+        MLFLOW_FLASK_SERVER_SECRET_KEY="a-secret-for-forms",
+        MLFLOW_DISABLE_TELEMETRY="true",
+        # Eight more processes would wait for jobs that nobody sends.
+        MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
     )
-    uri, lines = f"http://{host}:{port}", list[str]()
-    reader = threading.Thread(target=_collect, args=(process, lines), daemon=True)
-    reader.start()
+    log = home / "log"
+    detached = ["sh", "-c", 'exec "$@" < /dev/null > log 2>&1 & echo $!', "-", *command]
+    # It is nobody's child: whoever starts it may end before it.
+    done = subprocess.run(
+        detached, env=uncovered(environ), cwd=home, stdout=subprocess.PIPE, start_new_session=True, check=True
+    )
+    uri, pid = f"http://{host}:{port}", int(done.stdout)
 
     def healthy() -> bool:
-        assert process.poll() is None, "mlflow server ended:\n" + "".join(lines)
+        assert _is_running(pid), f"mlflow server ended:\n{log.read_text()}"
         try:
             return requests.get(f"{uri}/health", timeout=5).ok
         except requests.ConnectionError:
             return False
 
+    wait_until(healthy, "mlflow server", deadline=120)
+    return uri, os.getpgid(pid)
+
+
+def _is_running(pid: int) -> bool:
     try:
-        wait_until(healthy, "mlflow server", deadline=120)
-        yield Tracking(uri, username, password, process, lines)
-    finally:
-        # Its workers are in its own process group.
-        os.killpg(process.pid, 15)
-        process.wait(timeout=30)
-        reader.join(timeout=30)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def _collect(process: subprocess.Popen[str], lines: list[str]) -> None:
-    assert process.stdout is not None
-    lines.extend(process.stdout)
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False

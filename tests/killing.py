@@ -1,10 +1,8 @@
 """Roles in processes that can be killed before any chosen step on disk, at any time, or let live.
 
 Every file that is created, renamed or removed is announced by Python itself (its audit events), so each is a place to
-be killed at, and none is forgotten. The roles run in forks of one process that has imported everything: a start takes
-milliseconds.
-
-    python -m tests.killing     reads a list of runs (JSON) from each line of stdin, and answers with a list of ends
+be killed at, and none is forgotten. The roles run in forks of a process that has imported everything
+(`tests/prepared.py`).
 """
 
 from __future__ import annotations
@@ -12,21 +10,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from tests.conftest import ROOT, clean_environ
+from tests import prepared
 
 KILLED = -signal.SIGKILL
 
-# What changes the disk. `open` does where it is for writing.
+# These change the disk; `open` does so where it is for writing.
 _CHANGES = {
     *("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.utime", "os.chmod"),
     "os.truncate",
@@ -59,41 +54,53 @@ class Ended:
     changes: list[str] = field(default_factory=list)
 
 
-class Roles:
-    """A process to run roles from."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def run(self, *runs: Run) -> list[Ended]:
-        """Run them at once, each to its end."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps([asdict(run) for run in runs]) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the process that runs roles has ended"
-        return [Ended(**ended) for ended in json.loads(line)]
+def run(*runs: Run) -> list[Ended]:
+    """Run them at once, each to its end."""
+    return [_end(*one) for one in [_start(one) for one in runs]]
 
 
-@contextmanager
-def roles() -> Iterator[Roles]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.killing"],
-        env=clean_environ(),
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        yield Roles(process)
-        assert process.stdin
-        process.stdin.close()
-        assert process.wait(timeout=30) == 0
+def _start(one: Run) -> tuple[Run, prepared.Process, int, int]:
+    log, changes = os.memfd_create("log"), os.memfd_create("changes")
+    environ = dict(one.environ)
+    if one.at is None and one.after is None and "COVERAGE_PROCESS_CONFIG" in os.environ:
+        # A process that is killed measures no coverage: it could leave half a file of it.
+        environ["COVERAGE_PROCESS_CONFIG"] = os.environ["COVERAGE_PROCESS_CONFIG"]
+    what = json.dumps(asdict(one)), f"/proc/{os.getpid()}/fd/{changes}"
+    return one, prepared.start("-c", _CODE, *what, env=environ, stdout=log, stderr=log), log, changes
+
+
+def _end(one: Run, process: prepared.Process, log: int, changes: int) -> Ended:
+    if one.after is not None:
+        time.sleep(one.after)
+        process.kill()
+    ended = Ended(process.wait(timeout=120), _read(log), _read(changes).splitlines())
+    os.close(log)
+    os.close(changes)
+    return ended
+
+
+def _read(descriptor: int) -> str:
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()
 
 
 # In the other process
+
+_CODE = "from tests import killing; killing.main()"
+
+
+def main() -> None:
+    """Run the role of the `Run` that `argv` has as JSON, writing its changes to a file."""
+    import cleanup
+    import download
+
+    one = Run(**json.loads(sys.argv[1]))
+    noted = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
+    if one.patch:
+        globals()[one.patch]()
+    sys.addaudithook(_hook(tuple(one.within), one.at, noted))
+    code = {"download": download, "cleanup": cleanup}[one.role].main(os.environ, *map(Path, one.arguments))
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def no_locks() -> None:
@@ -115,57 +122,6 @@ def quick_heartbeat() -> None:
 
     darwin_transfer.COMMIT_SECONDS, darwin_transfer.SYNC_SECONDS, darwin_transfer.LOOK_SECONDS = 0.2, 0.2, 0.05
     darwin_cache.HEARTBEAT_SECONDS, darwin_cache.SILENCE_SECONDS, download.POLL_SECONDS = 0.2, 1.0, 0.05
-
-
-def _serve() -> None:
-    import cleanup
-    import darwin_mlflow
-    import download
-
-    modules = {"download": download, "cleanup": cleanup}
-    darwin_mlflow.prepare()
-    from mlflow import MlflowClient  # noqa: F401 - what the roles import when they need it
-    from mlflow.store.artifact import http_artifact_repo, mlflow_artifacts_repo, models_artifact_repo  # noqa: F401
-
-    for line in sys.stdin:
-        asked = json.loads(line)
-        began = [(run, *_start(modules[run["role"]], run)) for run in asked]
-        print(json.dumps([_end(*one) for one in began]), flush=True)  # noqa: T201 - to who asked
-
-
-def _start(module: ModuleType, run: Mapping[str, Any]) -> tuple[int, int, int]:
-    log, noted = os.memfd_create("log"), os.memfd_create("changes")
-    child = os.fork()
-    if child:
-        return child, log, noted
-    code = 70
-    try:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ.clear()
-        os.environ.update(run["environ"])
-        if run["patch"]:
-            globals()[run["patch"]]()
-        sys.addaudithook(_hook(tuple(run["within"]), run["at"], noted))
-        code = module.main(os.environ, *map(Path, run["arguments"]))
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
-
-
-def _end(run: Mapping[str, Any], child: int, log: int, noted: int) -> dict[str, Any]:
-    if run["after"] is not None:
-        time.sleep(run["after"])
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    found = {"code": os.waitstatus_to_exitcode(status), "err": _read(log), "changes": _read(noted).splitlines()}
-    os.close(log)
-    os.close(noted)
-    return found
-
-
-def _read(descriptor: int) -> str:
-    return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()
 
 
 def _hook(within: tuple[str, ...], at: int | None, noted: int) -> Any:
@@ -196,7 +152,3 @@ def paths_within(event: str, args: tuple[Any, ...], within: tuple[str, ...]) -> 
 
 def _writes(args: tuple[Any, ...]) -> bool:
     return isinstance(args[0], str | bytes) and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-
-
-if __name__ == "__main__":
-    _serve()

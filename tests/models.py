@@ -1,15 +1,12 @@
-"""Real MLflow models of every kind of signature, each built once per test run: `model_path("iris")`."""
+"""Real MLflow models of every kind of signature, each built once a test run: `model_path("iris")`."""
 
 # MLflow takes type hints for a signature, so its models here have none.
 # mypy: disable-error-code="no-untyped-def, misc, import-untyped"
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +20,8 @@ import pandas as pd
 import sklearn
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.linear_model import LinearRegression, LogisticRegression
+
+from tests import shared
 
 with warnings.catch_warnings():
     # MLflow warns of its own type hints.
@@ -334,17 +333,13 @@ def _broken(path: Path) -> None:
     _python(Broken, [ColSpec("double", "x")], input_example=pd.DataFrame({"x": [1.0]}))(path)
 
 
-_directory = Path(tempfile.mkdtemp(prefix="darwin-test-models-"))
-atexit.register(shutil.rmtree, _directory, ignore_errors=True)
-
-
 @functools.cache
 def model_path(name: str) -> Path:
     """The directory of the model `name`; don't write to it."""
-    return save(BUILDERS[name], _directory / name)
+    return shared.once(f"models/{name}", lambda path: save(BUILDERS[name], path))
 
 
-def save(build: Callable[[Path], None], path: Path) -> Path:
+def save(build: Callable[[Path], object], path: Path) -> Path:
     """`path`, after `build` saved a model there. What MLflow warns of while saving is not what is tested."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

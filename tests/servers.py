@@ -20,6 +20,7 @@ import uvicorn
 import darwin_model
 from darwin_app import Service, make_app
 from darwin_batching import Limits
+from tests import prepared
 from tests.conftest import ROOT, clean_environ, wait_until
 from tests.models import model_path
 
@@ -30,7 +31,7 @@ _LISTENING = re.compile(r'listening on (https?://[^\s"]+)')
 class Served:
     """The role, running. `lines` is its log so far, `options` what requests to it need besides."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | prepared.Process
     reader: threading.Thread
     url: str = ""
     lines: list[str] = field(default_factory=list)
@@ -68,20 +69,28 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    path: Path | None = None, *, wait: bool = True, code: int = 0, options: dict[str, Any] | None = None, **env: object
+    path: Path | None = None,
+    *,
+    wait: bool = True,
+    code: int = 0,
+    options: dict[str, Any] | None = None,
+    fresh: bool = False,
+    **env: object,
 ) -> Iterator[Served]:
-    """`python darwin_serve.py` on a free port, ready to predict; it must end with `code` when asked to.
+    """`darwin_serve.py` on a free port, ready to predict; it must end with `code` when asked to.
 
     With `wait=False` it may still be loading, and only has to listen. `options` are what requests to it need besides.
+    It is forked from a prepared process, unless it has to be a `fresh` one.
     """
     if path is not None:
         env["MODEL_LOCAL_PATH"] = path
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "darwin_serve.py"],
-        env=clean_environ(**{"HOST": "127.0.0.1", "PORT": 0, "DRAIN_SECONDS": 0, **env}),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environ = clean_environ(**{"HOST": "127.0.0.1", "PORT": 0, "DRAIN_SECONDS": 0, **env})
+    script = ROOT / "darwin_serve.py"
+    process: subprocess.Popen[str] | prepared.Process
+    if fresh:
+        process = subprocess.Popen([sys.executable, script], env=environ, stderr=subprocess.PIPE, text=True)
+    else:
+        process = prepared.start(script, env=environ, stderr=subprocess.PIPE)
     assert process.stderr is not None
     lines: list[str] = []
     reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)

@@ -21,6 +21,8 @@ from tests.models import model_path
 from tests.servers import serving
 from tests.test_workers import pids
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -21,7 +20,7 @@ from cleanup import DAY, GIB, Decision, InUse, Settings
 from darwin_cache import Cache, Entry, Lease
 from darwin_env import Reader
 from darwin_manifest import File, Manifest
-from tests import apiserver
+from tests import apiserver, prepared
 from tests.apiserver import ApiServer, pod
 from tests.conftest import ROOT, Finished, clean_environ, http_server, program
 
@@ -236,14 +235,7 @@ _MAIN += "sys.exit(cleanup.main(os.environ, pathlib.Path(sys.argv[2])))"
 def clean(cache: Path, api: ApiServer | None = None, **environ: object) -> Finished:
     access = {**api.environ, "GRACE_SECONDS": 0} if api else {"GRACE_SECONDS": 0}
     directory = api.directory if api else cache / "no-service-account"
-    done = subprocess.run(
-        [sys.executable, "-c", _MAIN, ROOT, directory],
-        env=clean_environ(**{**access, "CACHE_PATH": cache, **environ}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = prepared.run("-c", _MAIN, ROOT, directory, env=clean_environ(**{**access, "CACHE_PATH": cache, **environ}))
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

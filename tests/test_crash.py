@@ -16,22 +16,18 @@ import pytest
 import darwin_cache
 from darwin_cache import Cache
 from darwin_manifest import File, Manifest
+from tests import killing
 from tests.apiserver import ApiServer, pod
 from tests.conftest import Tracking
-from tests.killing import KILLED, Ended, Roles, Run, roles
+from tests.killing import KILLED, Ended, Run
 from tests.registry import log_files
+from tests.share import SEED, SHARE, part_of
 from tests.test_download import keys, whole
 
 # One large file, some small ones, one further down.
 FILES = {"MLmodel": 300, "weights": 3_000_000, "conda.yaml": 100, "empty": 0, "deep/er/vocabulary": 5000}
 
 RANDOM_KILLS = 300
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Roles]:
-    with roles() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +71,9 @@ def check(place: Path) -> None:
         assert {name: (models / name).stat().st_size for name in FILES} == FILES
 
 
-def arrive(running: Roles, run: Run, place: Path, strategy: str) -> Ended:
+def arrive(run: Run, place: Path, strategy: str) -> Ended:
     """The next run, which has to get there whatever the one before left."""
-    [done] = running.run(run)
+    [done] = killing.run(run)
     assert done.code == 0, done.err
     check(place)
     assert (place / "models" / "MLmodel").is_file()
@@ -94,7 +90,7 @@ def arrive(running: Roles, run: Run, place: Path, strategy: str) -> Ended:
 @pytest.mark.parametrize("strategy", ["pvc", "emptydir"])
 @pytest.mark.parametrize("before", ["nothing", "damaged", "hit"])
 def test_download_killed_at_every_step(
-    before: str, strategy: str, running: Roles, uri: str, open_server: Tracking, tmp_path: Path
+    before: str, strategy: str, uri: str, open_server: Tracking, tmp_path: Path
 ) -> None:
     if before == "damaged" and strategy == "emptydir":
         pytest.skip("an output is filled anew, whatever is in it")
@@ -102,59 +98,55 @@ def test_download_killed_at_every_step(
     def prepared(name: str) -> Path:
         place = tmp_path / name
         if before != "nothing":
-            assert running.run(downloading(uri, open_server, place, strategy))[0].code == 0
+            assert killing.run(downloading(uri, open_server, place, strategy))[0].code == 0
         if before == "damaged":
             [key] = keys(place / "cache")
             os.truncate(place / "cache" / key / "model" / "weights", 1000)
         return place
 
-    [whole] = running.run(downloading(uri, open_server, prepared("whole"), strategy))
+    [whole] = killing.run(downloading(uri, open_server, prepared("whole"), strategy))
     assert whole.code == 0, whole.err
     steps = len(whole.changes)
     assert steps > {"nothing": 40, "damaged": 40, "hit": 3}[before] or strategy == "emptydir"
-    for step in range(steps):
+    for step in part_of(range(steps)):
         place = prepared(f"step-{step}")
         run = downloading(uri, open_server, place, strategy)
-        [ended] = running.run(killed(run, at=step))
+        [ended] = killing.run(killed(run, at=step))
         # Files come side by side, so one step more or less is done by the time the last is.
         assert ended.code == KILLED or step >= steps - 5, ended.err
         if before != "damaged":
             check(place)
-        arrive(running, run, place, strategy)
+        arrive(run, place, strategy)
         shutil.rmtree(place)
 
 
 @pytest.mark.parametrize("strategy", ["pvc", "emptydir"])
-def test_download_killed_at_any_time(
-    strategy: str, running: Roles, uri: str, open_server: Tracking, tmp_path: Path
-) -> None:
+def test_download_killed_at_any_time(strategy: str, uri: str, open_server: Tracking, tmp_path: Path) -> None:
     """One kill after another on the same disk."""
-    chance = random.Random(5)
+    chance = random.Random(SEED)
     run = downloading(uri, open_server, tmp_path, strategy)
     began = time.monotonic()
-    arrive(running, run, tmp_path, strategy)
+    arrive(run, tmp_path, strategy)
     usual = time.monotonic() - began
     kills = 0
-    while kills < RANDOM_KILLS / 2:
+    while kills < RANDOM_KILLS / 2 / SHARE:
         if chance.random() < 0.2:
-            arrive(running, run, tmp_path, strategy)
+            arrive(run, tmp_path, strategy)
             shutil.rmtree(tmp_path / "models")
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        [ended] = running.run(killed(run, after=chance.uniform(0, usual)))
+        [ended] = killing.run(killed(run, after=chance.uniform(0, usual)))
         kills += ended.code == KILLED
         check(tmp_path)
-    arrive(running, run, tmp_path, strategy)
+    arrive(run, tmp_path, strategy)
 
 
-def test_a_killed_download_goes_on_where_it_was(
-    running: Roles, uri: str, open_server: Tracking, tmp_path: Path
-) -> None:
+def test_a_killed_download_goes_on_where_it_was(uri: str, open_server: Tracking, tmp_path: Path) -> None:
     run = downloading(uri, open_server, tmp_path, "pvc")
-    [whole] = running.run(run)
+    [whole] = killing.run(run)
     publishing = next(number for number, change in enumerate(whole.changes) if "manifest.json" in change)
     shutil.rmtree(tmp_path / "cache")
-    assert running.run(killed(run, at=publishing))[0].code == KILLED
-    done = arrive(running, run, tmp_path, "pvc")
+    assert killing.run(killed(run, at=publishing))[0].code == KILLED
+    done = arrive(run, tmp_path, "pvc")
     assert "2.9 MiB of it already here" in done.err
     assert "downloaded 0 B in" in done.err
 
@@ -215,21 +207,21 @@ def leased_is_whole(cache: Cache) -> None:
         assert cache.damage(key, "sha256") == []
 
 
-def test_cleanup_killed_at_every_step(running: Roles, api: ApiServer, tmp_path: Path) -> None:
-    [whole] = running.run(cleaning(filled(tmp_path / "whole"), api))
+def test_cleanup_killed_at_every_step(api: ApiServer, tmp_path: Path) -> None:
+    [whole] = killing.run(cleaning(filled(tmp_path / "whole"), api))
     assert whole.code == 0, whole.err
     assert len(whole.changes) > 20
-    for step in range(len(whole.changes)):
+    for step in part_of(range(len(whole.changes))):
         cache = filled(tmp_path / f"step-{step}")
         run = cleaning(cache, api)
-        [ended] = running.run(killed(run, at=step))
+        [ended] = killing.run(killed(run, at=step))
         assert ended.code == KILLED, ended.err
         leased_is_whole(cache)
         # An announcement of the dead stands for a day, and keeps what it was about.
         for plan in (cache.root / ".trash").glob("*.planned"):
             plan.unlink()
         for _ in range(2):
-            [done] = running.run(run)
+            [done] = killing.run(run)
             assert done.code == 0, done.err
             leased_is_whole(cache)
             assert keys(cache.root) == [LEASED]
@@ -237,12 +229,12 @@ def test_cleanup_killed_at_every_step(running: Roles, api: ApiServer, tmp_path: 
         shutil.rmtree(cache.root)
 
 
-def test_cleanups_at_once_and_killed_at_any_time(running: Roles, api: ApiServer, tmp_path: Path) -> None:
-    chance = random.Random(7)
+def test_cleanups_at_once_and_killed_at_any_time(api: ApiServer, tmp_path: Path) -> None:
+    chance = random.Random(SEED)
     for number in range(20):
         cache = filled(tmp_path / str(number))
         run = cleaning(cache, api)
-        ends = running.run(run, killed(run, after=chance.uniform(0, 0.2)), run)
+        ends = killing.run(run, killed(run, after=chance.uniform(0, 0.2)), run)
         for ended in (ends[0], ends[2]):
             assert ended.code == 0, ended.err
         leased_is_whole(cache)

@@ -22,7 +22,7 @@ import darwin_output
 from darwin_cache import Cache
 from darwin_manifest import Manifest
 from download import _Look
-from tests import proxy
+from tests import prepared, proxy
 from tests.conftest import ROOT, Finished, Tracking, clean_environ, free_port, run_role, wait_until
 from tests.proxy import Proxy, proxying
 from tests.registry import NAME, Logged, client_of, log_model
@@ -239,14 +239,7 @@ def test_a_job_that_only_fills_the_cache(local_model: Path, tmp_path: Path) -> N
     if Path("/models").exists():
         pytest.fail("this test needs a machine without /models")
     # A user who can't make /models, as in the image.
-    done = subprocess.run(
-        [sys.executable, "-c", _AS_NOBODY, str(ROOT), str(tmp_path)],
-        env=clean_environ(**settings),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = prepared.run("-c", _AS_NOBODY, ROOT, env=clean_environ(**settings))
     assert done.returncode == 0, done.stderr
     assert "the model is in the cache only" in done.stderr
     [key] = keys(tmp_path / "cache")

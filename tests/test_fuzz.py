@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, absent
+from tests.conftest import ROOT, absent, clean_environ, uncovered
 from tests.fuzz import FOUND
 from tests.hostile import TARGETS
 
@@ -24,7 +24,8 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
             absent("atheris is not installed")
         pytest.skip("there is no atheris for this Python")
     command = [sys.executable, "-m", "tests.fuzz", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    environ = uncovered(clean_environ())
+    return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_nothing_but_what_is_expected_comes_out() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -346,25 +346,37 @@ def test_whatever_is_in_a_lock_or_a_ref_is_survived(text: bytes, cache: Cache) -
     cache.drop_dangling(0)
 
 
-def test_a_tree_without_a_bottom(cache: Cache, api: ApiServer) -> None:
-    """Deeper than Python recurses, and than paths may be long: made step by step, as its maker would."""
-    publish(cache, OTHER, days=30)
-    for place, depth in ((".staging", 1200), (".trash", 3000)):
-        top = cache.root / place / (f"{KEY}.00" if place == ".staging" else "00.doomed")
-        top.mkdir()
-        here = os.open(top, os.O_RDONLY)
-        for _ in range(depth):
-            os.mkdir("d", dir_fd=here)
-            below = os.open("d", os.O_RDONLY, dir_fd=here)
-            os.close(here)
-            here = below
+@contextlib.contextmanager
+def bottomless(top: Path, depth: int) -> Iterator[None]:
+    """A directory so deep, made step by step as its maker would; it is unmade likewise, for pytest could not."""
+    top.mkdir()
+    here = os.open(top, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
         os.close(here)
-    done = clean(cache.root, api)
+        here = below
+    os.close(here)
+    try:
+        yield
+    finally:
+        while (top / "d").exists():
+            (top / "d").rename(top / "above")
+            if (top / "above" / "d").exists():
+                (top / "above" / "d").rename(top / "d")
+            (top / "above").rmdir()
+
+
+def test_a_tree_without_a_bottom(cache: Cache, api: ApiServer) -> None:
+    """Deeper than Python recurses, and than paths may be long."""
+    publish(cache, OTHER, days=30)
+    staging, doomed = cache.root / ".staging" / f"{KEY}.00", cache.root / ".trash" / "00.doomed"
+    with bottomless(staging, 1200), bottomless(doomed, 3000):
+        done = clean(cache.root, api)
     assert "Traceback" not in done.err, done.err
     assert done.code == 1
     assert "00.doomed" in done.err
     assert not cache.has(OTHER), "the rest is cleaned"
-    subprocess.run(["rm", "-rf", cache.root], check=True)  # pytest could not
 
 
 def test_a_part_is_not_written_through_a_link(outside: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +12,14 @@ import darwin_cache
 import darwin_inspect
 from darwin_cache import Cache
 from darwin_manifest import File, Manifest
-from tests.conftest import ROOT, Finished, clean_environ
+from tests import prepared
+from tests.conftest import Finished, clean_environ
 
 A, B = "a" * 64, "b" * 64
 
 
 def look(cache: Path, *arguments: str) -> Finished:
-    done = subprocess.run(
-        [sys.executable, "-m", "darwin_cache", *arguments],
-        env=clean_environ(CACHE_PATH=cache),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = prepared.run("-m", "darwin_cache", *arguments, env=clean_environ(CACHE_PATH=cache))
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

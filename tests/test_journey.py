@@ -1,4 +1,7 @@
-"""The whole job: logged to a real MLflow server, downloaded, served, and its cache kept in order."""
+"""The whole job: logged to a real MLflow server, downloaded, served, and its cache kept in order.
+
+Here the roles are started as a container starts them, until nothing new would be seen by it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import pytest
 import darwin_cache
 from darwin_cache import Cache
 from tests.apiserver import ApiServer, pod
-from tests.conftest import ROOT, Tracking, clean_environ, run_role
+from tests.conftest import ROOT, Tracking, clean_environ, run_fresh, run_role
 from tests.registry import Logged, client_of, log_model
 from tests.servers import serving
 
@@ -38,17 +41,17 @@ def test_from_the_registry_to_an_answer_and_away(
     pvc: dict[str, Any] = {"MODEL_URI": URI, "STORAGE_STRATEGY": "pvc", "CACHE_PATH": cache, **mlflow_server.environ}
 
     promote(mlflow_server, versions[0])
-    assert run_role("download.py", POD_NAME="pod-1", OUTPUT_PATH=old, **pvc).code == 0
-    with serving(old, LOG_LEVEL="DEBUG", **mlflow_server.environ) as server:
+    assert run_fresh("download.py", POD_NAME="pod-1", OUTPUT_PATH=old, **pvc).code == 0
+    with serving(old, fresh=True, LOG_LEVEL="DEBUG", **mlflow_server.environ) as server:
         answer = server.post("/invocations", {"inputs": [[10.0], [20.0]]})
         assert answer.json() == {"predictions": pytest.approx([10.0, 20.0])}
         assert server.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([10.0])}
 
         # A rollout while the old pod still serves.
         promote(mlflow_server, versions[1])
-        again = run_role("download.py", POD_NAME="pod-2", OUTPUT_PATH=new, **pvc)
+        again = run_fresh("download.py", POD_NAME="pod-2", OUTPUT_PATH=new, **pvc)
         assert again.code == 0, again.err
-        with serving(new) as successor:
+        with serving(new, fresh=True) as successor:
             assert successor.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([20.0])}
         assert server.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([10.0])}
         assert mlflow_server.password not in server.log
@@ -70,7 +73,7 @@ def test_from_the_registry_to_an_answer_and_away(
         )
     [kept] = [path.name for path in cache.iterdir() if darwin_cache.is_key(path.name)]
     assert (new / "MLmodel").resolve().is_relative_to(cache / kept)
-    with serving(new) as survivor:
+    with serving(new, fresh=True) as survivor:
         assert survivor.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([20.0])}
 
 
@@ -79,14 +82,14 @@ _CLEAN += "sys.exit(cleanup.main(os.environ, pathlib.Path(sys.argv[2])))"
 
 
 def test_straight_from_the_registry(versions: list[Logged], mlflow_server: Tracking) -> None:
-    with serving(None, MLFLOW_MODEL_URI=f"models:/{NAME}/2", **mlflow_server.environ) as server:
+    with serving(None, fresh=True, MLFLOW_MODEL_URI=f"models:/{NAME}/2", **mlflow_server.environ) as server:
         assert server.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([20.0])}
         assert mlflow_server.password not in server.log
 
 
 def test_straight_from_a_registry_that_says_no(versions: list[Logged], mlflow_server: Tracking) -> None:
     environ = {**mlflow_server.environ, "MLFLOW_TRACKING_PASSWORD": "wrong-password"}
-    done = run_role("darwin_serve.py", MLFLOW_MODEL_URI=f"models:/{NAME}/2", PORT=0, HOST="127.0.0.1", **environ)
+    done = run_fresh("darwin_serve.py", MLFLOW_MODEL_URI=f"models:/{NAME}/2", PORT=0, HOST="127.0.0.1", **environ)
     assert done.code == 1
     assert "401" in done.last
     assert "wrong-password" not in done.err

@@ -43,7 +43,7 @@ def figure(served: Served, name: str, /, **labels: str) -> float:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(model_path("iris"), WORKERS=3, MODEL_NAME="iris") as served:
+    with serving(model_path("iris"), fresh=True, WORKERS=3, MODEL_NAME="iris") as served:
         yield served
 
 

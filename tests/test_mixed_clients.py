@@ -17,6 +17,7 @@ from sklearn.tree import DecisionTreeRegressor
 
 from tests.models import model_path, save_estimator
 from tests.servers import serving
+from tests.share import SEED, SHARE
 
 CLIENTS = 64
 REQUESTS = 100_000
@@ -54,7 +55,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_nobody_gets_another_answer(kind: str, make: Callable[[random.Random], Any], batching: str, tree: Path) -> None:
     path = tree if kind == "tree" else model_path(kind)
-    rng = random.Random(0)
+    rng, count = random.Random(SEED), REQUESTS // 2 // SHARE
     bodies = [json.dumps(make(rng)).encode() for _ in range(400)]
     with serving(path, WORKERS=1, BATCHING="off", FAST_PATH="off") as alone:
         expected = []
@@ -64,10 +65,10 @@ def test_nobody_gets_another_answer(kind: str, make: Callable[[random.Random], A
     assert {status for status, _ in expected} == {200, 400}
     assert len({content for status, content in expected if status == 200}) > 250
     with serving(path, WORKERS=1, BATCHING=batching) as served:
-        found = asyncio.run(_ask(served.url, bodies, expected, REQUESTS // 2))
+        found = asyncio.run(_ask(served.url, bodies, expected, count))
     assert found == Counter(right=found["right"], left=found["left"])
-    assert found["left"] > REQUESTS / 2 / 200
-    assert found.total() == REQUESTS // 2
+    assert found["left"] > count / 200
+    assert found.total() == count
 
 
 async def _ask(url: str, bodies: list[bytes], expected: list[tuple[int, bytes]], count: int) -> Counter[str]:

@@ -34,6 +34,8 @@ from tests.image import chart
 from tests.models import IRIS, iris_table, load_pyfunc, model_path
 from tests.servers import Served, serving
 
+pytestmark = pytest.mark.alone
+
 RESTARTS = int(os.environ.get("RESTARTS", "4"))
 
 CLIENTS = 16

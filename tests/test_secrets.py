@@ -184,7 +184,9 @@ def cmdlines(served: Served) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_of_a_server(workers: int, tmp_path: Path) -> None:
-    with serving(model_path("iris"), WORKERS=workers, LOG_LEVEL="debug", TMPDIR=tmp_path, **SECRETS) as served:
+    with serving(
+        model_path("iris"), fresh=True, WORKERS=workers, LOG_LEVEL="debug", TMPDIR=tmp_path, **SECRETS
+    ) as served:
         answers = [
             served.get(path)
             for path in (

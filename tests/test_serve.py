@@ -588,7 +588,7 @@ def test_who_leaves_while_waiting_is_not_run(tmp_path: Path) -> None:
 
 
 def test_sigterm_drains() -> None:
-    with serving(model_path("iris"), DRAIN_SECONDS=600, WORKERS=1) as served, requests.Session() as session:
+    with serving(model_path("iris"), fresh=True, DRAIN_SECONDS=600, WORKERS=1) as served, requests.Session() as session:
         session.get(served.url + "/livez", timeout=60)
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: served.get("/ready").status_code == 503, "draining")
@@ -607,7 +607,7 @@ def test_it_ends_when_it_has_drained() -> None:
 
 
 def test_sigint_does_not_drain() -> None:
-    with serving(model_path("iris"), DRAIN_SECONDS=600, WORKERS=1) as served:
+    with serving(model_path("iris"), fresh=True, DRAIN_SECONDS=600, WORKERS=1) as served:
         served.process.send_signal(signal.SIGINT)
         assert served.process.wait(timeout=60) == 0
 
@@ -642,7 +642,7 @@ def test_it_can_be_stopped_while_loading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_it_can_be_stopped_as_soon_as_it_listens(attempt: int) -> None:
-    with serving(model_path("iris"), wait=False) as served:
+    with serving(model_path("iris"), fresh=True, wait=False) as served:
         assert served.stop() == 0
 
 

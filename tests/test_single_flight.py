@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from darwin_cache import Cache
-from tests import proxy
+from tests import killing, proxy
 from tests.conftest import Tracking, wait_until
-from tests.killing import KILLED, Ended, Roles, Run, roles
+from tests.killing import KILLED, Ended, Run
 from tests.proxy import Proxy, proxying
 from tests.registry import log_files
 from tests.test_crash import assert_whole
@@ -27,12 +27,6 @@ PODS = 8
 def uri(open_server: Tracking) -> str:
     files = {name: random.Random(name).randbytes(size) for name, size in FILES.items()}
     return log_files(open_server, "single-flight", files)
-
-
-@pytest.fixture
-def running() -> Iterator[Roles]:
-    with roles() as started:
-        yield started
 
 
 @pytest.fixture
@@ -66,8 +60,8 @@ def check(ends: list[Ended], tmp_path: Path) -> None:
     assert not list((cache.root / ".staging").iterdir())
 
 
-def test_one_transfers_and_the_others_wait(uri: str, running: Roles, through_proxy: Proxy, tmp_path: Path) -> None:
-    ends = running.run(*(starting(uri, through_proxy, tmp_path, number, "") for number in range(PODS)))
+def test_one_transfers_and_the_others_wait(uri: str, through_proxy: Proxy, tmp_path: Path) -> None:
+    ends = killing.run(*(starting(uri, through_proxy, tmp_path, number, "") for number in range(PODS)))
     check(ends, tmp_path)
     assert sorted(path.rpartition("/")[2] for path in through_proxy.downloads()) == sorted(
         name.rpartition("/")[2] for name in FILES
@@ -76,30 +70,27 @@ def test_one_transfers_and_the_others_wait(uri: str, running: Roles, through_pro
     assert any("waiting for pod-" in ended.err for ended in ends)
 
 
-def test_without_locks_it_is_right_all_the_same(uri: str, running: Roles, through_proxy: Proxy, tmp_path: Path) -> None:
-    ends = running.run(*(starting(uri, through_proxy, tmp_path, number, "no_locks") for number in range(PODS)))
+def test_without_locks_it_is_right_all_the_same(uri: str, through_proxy: Proxy, tmp_path: Path) -> None:
+    ends = killing.run(*(starting(uri, through_proxy, tmp_path, number, "no_locks") for number in range(PODS)))
     check(ends, tmp_path)
     assert len(through_proxy.downloads()) > len(FILES), "several did transfer, or this shows nothing"
     assert sum("published as" in ended.err for ended in ends) == 1
 
 
-def test_when_it_dies_another_goes_on_where_it_was(
-    uri: str, running: Roles, through_proxy: Proxy, tmp_path: Path
-) -> None:
+def test_when_it_dies_another_goes_on_where_it_was(uri: str, through_proxy: Proxy, tmp_path: Path) -> None:
     """The first hangs in the middle of a file; it is killed, and of those who wait, one takes over."""
     through_proxy.faults = [("weights", proxy.stalled)]
     killed = threading.Event()
     ends: list[Ended] = []
 
     def first() -> None:
-        with roles() as its:
-            ends.extend(its.run(starting(uri, through_proxy, tmp_path, 0, "quick_heartbeat", after=3.0)))
+        ends.extend(killing.run(starting(uri, through_proxy, tmp_path, 0, "quick_heartbeat", after=3.0)))
         killed.set()
 
     thread = threading.Thread(target=first)
     thread.start()
     wait_until(lambda: list(tmp_path.glob("cache/.staging/*/model/conda.yaml")), "the first to be under way")
-    others = running.run(
+    others = killing.run(
         *(starting(uri, through_proxy, tmp_path, number, "quick_heartbeat") for number in range(1, PODS))
     )
     thread.join()
@@ -113,5 +104,5 @@ def test_when_it_dies_another_goes_on_where_it_was(
     }
     [rest] = through_proxy.ranges
     assert rest == f"bytes={FILES['weights'] // 2}-"
-    again = running.run(starting(uri, through_proxy, tmp_path, 0, ""))
+    again = killing.run(starting(uri, through_proxy, tmp_path, 0, ""))
     check([*again, *others], tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import signal
 import socket
 import ssl
 from collections.abc import Iterator
@@ -287,7 +288,7 @@ def test_it_ends_without_a_last_word_of_the_client(tmp_path: Path, ours: Party) 
         connection = stack.enter_context(connect(served.url, trusting(ours.file)))
         assert ask(connection) == 200
         # It does not read, so it does not say goodbye; by default that is awaited for 30 s.
-        served.process.terminate()
+        served.process.send_signal(signal.SIGTERM)
         served.process.wait(timeout=20)
 
 

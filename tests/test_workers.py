@@ -22,6 +22,7 @@ import requests
 import darwin_cpus
 import darwin_serve
 from darwin_env import Reader
+from tests import prepared
 from tests.conftest import ROOT, clean_environ, run_role, wait_until
 from tests.models import BASE, REQUIREMENTS, iris_table, model_path, save
 from tests.servers import Served, serving
@@ -431,13 +432,8 @@ def scores(served: Served, row: Any) -> Any:
 def started(path: Path, proof_seconds: float = 60, **env: object) -> Iterator[Served]:
     """The role with two workers, however it ends; its copies have `proof_seconds` to prove themselves."""
     code = f"import sys, darwin_serve as s; s.darwin_workers.PROOF_SECONDS = {proof_seconds}; sys.exit(s.main())"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=clean_environ(**{"MODEL_LOCAL_PATH": path, "HOST": "127.0.0.1", "PORT": 0, "WORKERS": 2, **env}),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environ = clean_environ(**{"MODEL_LOCAL_PATH": path, "HOST": "127.0.0.1", "PORT": 0, "WORKERS": 2, **env})
+    process = prepared.start("-c", code, env=environ, stderr=subprocess.PIPE)
     assert process.stderr
     lines: list[str] = []
     reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
