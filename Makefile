@@ -53,6 +53,7 @@ else
 	$(BIN)/coverage run -m pytest $(SPREAD) -m "not alone"
 	$(BIN)/coverage run -m pytest -m alone
 endif
+	@$(BIN)/python -m tests.torn_coverage
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report $(if $(ARGS),--fail-under=0)
 
