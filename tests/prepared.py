@@ -199,8 +199,8 @@ def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # The test decides what follows from Ctrl+C.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The test decides what follows from Ctrl+C; a shell that starts tests in the background has it ignored.
+    inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)
     running: dict[int, int] = {}
     with woken, wake, selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
@@ -219,6 +219,8 @@ def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
                 pid = os.fork()
                 if not pid:
                     signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    signal.signal(signal.SIGINT, inherited)
                     return json.loads(text), files
                 running[pid] = files[0]
                 os.write(files[0], b"%d\n" % pid)
@@ -238,8 +240,6 @@ def _report_ended(running: dict[int, int]) -> None:
 
 def _become(message: dict[str, Any], files: list[int]) -> None:
     """Be as a fresh process is."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for standard, file in enumerate(files[1:], start=1):
         os.dup2(file, standard)
     os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
