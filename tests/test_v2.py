@@ -137,6 +137,7 @@ LONG = struct.pack("<I", 2**32 - 1)
         ({**A, "shape": [2**40]}, b"\0" * 16, None, "has to be"),
         (B, b"\1\0\0\0x\1\0\0", None, "ends within the length of element 1"),
         (B, b"\1\0\0\0x" + LONG + b"y", None, "element 1 is said to have 4294967295 bytes, 1 are left"),
+        (B, b"\1\0\0\0x\2\0\0\0y", None, "element 1 is said to have 2 bytes, 1 are left"),
         (B, b"\1\0\0\0x", None, "holds 1 elements, and its shape stands for 2"),
         (B, b"\0\0\0\0" * 3, None, "holds 3 elements"),
         (B, b"\1\0\0\0\xff\0\0\0\0", None, "not UTF-8"),
