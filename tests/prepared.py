@@ -1,9 +1,9 @@
 """Python processes forked from a prepared one, which has imported MLflow and our modules: they start in milliseconds.
 
 `start("download.py", env=...)` takes the rest of a command line that begins with `python`: a script, `-m` and a module,
-or `-c` and code. Arguments, environment, working directory, umask, signals, open files and exit code are those of a
-fresh process, as `tests/test_prepared.py` compares. Two things differ: modules are imported already, and the pools of
-BLAS and OpenMP have one thread. A test of the start itself runs `python`.
+or `-c` and code. Arguments, environment, working directory, umask, limits, signals, open files and exit code are those
+of a fresh process, as `tests/test_prepared.py` compares. Two things differ: modules are imported already, and the pools
+of BLAS and OpenMP have one thread. A test of the start itself runs `python`.
 
     python -m tests.prepared KIND FD     the prepared process, which listens at the socket FD
 """
@@ -18,6 +18,7 @@ import importlib
 import inspect
 import json
 import os
+import resource
 import runpy
 import selectors
 import signal
@@ -40,6 +41,9 @@ ROOT = Path(__file__).parent.parent
 
 # A message has an environment, some code and three descriptors in it.
 MAX_MESSAGE_BYTES = 128 * 1024
+
+# A test process may have changed these after the prepared process began.
+LIMITS = (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE)
 
 # Threads of these pools do not survive a fork.
 THREADS = ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "VECLIB_MAXIMUM")
@@ -123,11 +127,16 @@ def start(*command: object, env: Mapping[str, str], stdout: int | None = None, s
             else:
                 ours.append(None)
                 theirs.append(standard if wanted is None else wanted)
-        message = {"command": [str(part) for part in command], "env": dict(env), "cwd": str(Path.cwd())}
         mask = os.umask(0)
         os.umask(mask)
-        text = json.dumps(message | {"umask": mask}).encode()
-        socket.send_fds(_template(kind), [text], theirs)
+        message = {
+            "command": [str(part) for part in command],
+            "env": dict(env),
+            "cwd": str(Path.cwd()),
+            "umask": mask,
+            "limits": [resource.getrlimit(limit) for limit in LIMITS],
+        }
+        socket.send_fds(_template(kind), [json.dumps(message).encode()], theirs)
     return Process(os.fdopen(status, "rb"), *ours)
 
 
@@ -245,6 +254,8 @@ def _become(message: dict[str, Any], files: list[int]) -> None:
     os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
     os.chdir(message["cwd"])
     os.umask(message["umask"])
+    for limit, bounds in zip(LIMITS, message["limits"], strict=True):
+        resource.setrlimit(limit, bounds)
     os.environ.clear()
     os.environ.update(message["env"])
     time.tzset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -39,11 +40,13 @@ def fresh(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str
 def test_what_it_finds_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     environ = uncovered(clean_environ(TZ="Asia/Kathmandu", ODD="\udcff ü\n"))
-    before = os.umask(0o027)
+    before, files = os.umask(0o027), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[0] - 1, files[1]))
     try:
         found = [run("-c", _REPORT, "an", "argument", env=environ) for run in (fresh, prepared.run)]
     finally:
         os.umask(before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
     truth, forked = (json.loads(done.stdout) for done in found)
     assert forked == truth
     assert truth["umask"] == 0o027
