@@ -1,4 +1,4 @@
-"""What the processes of one test run share: a directory, and in it servers, of which each is started once.
+"""The processes of one test run share a directory, and servers that keep their files in it, each started once.
 
 pytest-xdist runs the tests in several processes. The first that needs a server starts it, the last that needs it ends
 it: each holds a lock for as long as it does, and a lock of the dead is gone.
