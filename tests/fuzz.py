@@ -7,6 +7,7 @@ A failure is an exception that is not one of those the application expects, an i
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import random
 import re
@@ -21,6 +22,8 @@ MODULES = ("darwin_protocols", "darwin_v2", "darwin_plan", "darwin_cells", "darw
 
 TIMEOUT_SECONDS = 5
 MEMORY_MB = 1500
+# A target that has not ended so long after its time prints the stack of each thread and fails.
+HUNG_SECONDS = 90
 MAX_BYTES = 4096
 
 # A target's inputs before its JSON: the contract's number, and of some how long the JSON is.
@@ -67,6 +70,8 @@ def _fuzz(target: str, runs: int, seconds: int, seed: int) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+    if seconds:
+        faulthandler.dump_traceback_later(seconds + HUNG_SECONDS, exit=True)
     with atheris.instrument_imports(include=list(MODULES)):
         from tests.hostile import SELF_TEST, TARGETS, TOKENS, VALUES
 
