@@ -28,7 +28,8 @@ RUN ./sbom.sh
 # Nothing can be compiled later, on a read-only root. By hash, because not every builder and registry keeps file times.
 # Some packages have templates among their modules, which are no Python.
 RUN PYTHONHASHSEED=0 /venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /venv/lib || true
-COPY *.py *.html /app/
+COPY *.py /app/
+COPY darwin_runtime/ /app/darwin_runtime/
 # Whatever umask the files were checked out with, any user must be able to read them.
 RUN chmod -R u=rwX,go=rX /app && \
     PYTHONHASHSEED=0 /venv/bin/python -m compileall -q --invalidation-mode checked-hash /app && \

@@ -6,7 +6,7 @@ GRACE_SECONDS, METRICS_TEXTFILE, PUSHGATEWAY_URL, POD_NAME, LOG_LEVEL, LOG_FORMA
 How: list the pods and the leases, plan, announce what may go, wait out the grace period, list pods and leases again,
 move what is still free into the trash (one rename each), list once more, then restore or delete. A pod writes its
 lease, looks for its entry, vetoes announcements and looks again, so one of the listings sees the lease, or the pod
-vetoes the move, or it finds the entry gone and downloads it anew; `darwin_cache` has the details.
+vetoes the move, or it finds the entry gone and downloads it anew; `cache` has the details.
 
 The result is one line of JSON on stdout.
 
@@ -29,13 +29,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cleanup_report
-import darwin_cache
-import darwin_disk
 import k8s_client
-from darwin_cache import KEY, Cache, Entry, Lease, NotACache, Removal
-from darwin_env import ConfigError, Reader
-from darwin_log import Redactor, RoleError, human, log_settings, run_role
+from darwin_runtime import cleanup_report as cleanup_report_module
+from darwin_runtime.logs import Redactor, RoleError, human, log_settings, run_role
+from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import disk
+from darwin_runtime.storage.cache import KEY, Cache, Entry, Lease, NotACache, Removal
 
 DAY = 86400.0
 GIB = 1024**3
@@ -44,7 +44,7 @@ GIB = 1024**3
 CLOCK_GRAIN_SECONDS = 2.0
 
 # Well below the age at which announcements are taken for those of a dead cleanup.
-MOST_GRACE_SECONDS = darwin_cache.ABANDONED_SECONDS / 4
+MOST_GRACE_SECONDS = cache_module.ABANDONED_SECONDS / 4
 
 ROLE_TO_ADD = """apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
@@ -219,7 +219,7 @@ def _succeeds(action: Callable[[], object], path: Path) -> bool:
     except FileNotFoundError:
         pass  # another cleanup was first; or it is still on its way
     except OSError as error:
-        logger.error("%s: %s", path, darwin_disk.explain(error))
+        logger.error("%s: %s", path, disk.explain(error))
         return False
     return True
 
@@ -276,7 +276,7 @@ class Look:
         except (k8s_client.NotInCluster, ValueError) as error:
             raise RoleError(f"cannot tell what is in use, so nothing is removed: {error}") from error
         except OSError as error:
-            why = f"{self.cache.root}: {darwin_disk.explain(error)}"
+            why = f"{self.cache.root}: {disk.explain(error)}"
             raise RoleError(f"cannot tell what is in use, so nothing is removed: {why}") from error
         return in_use(self.pods, self.leases, self.cache.names(), self.listed, self.settings)
 
@@ -324,10 +324,10 @@ def run(service_account: Path, read: Reader, redact: Redactor) -> None:
     except NotACache as error:
         raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
     except OSError as error:
-        raise RoleError(f"{settings.cache}: {darwin_disk.explain(error)}") from error
+        raise RoleError(f"{settings.cache}: {disk.explain(error)}") from error
     finally:
         result["seconds"] = round(time.monotonic() - began, 3)
-        cleanup_report.publish(result, settings.metrics_textfile, settings.pushgateway_url)
+        cleanup_report_module.publish(result, settings.metrics_textfile, settings.pushgateway_url)
 
 
 def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Mapping[str, str]) -> dict[str, float]:
@@ -408,7 +408,7 @@ def _texts(pod: Pod) -> Iterator[str]:
         environ = {one["name"]: one.get("value") or "" for one in container.get("env") or ()}
         yield from environ.values()
         if environ.get("DEPLOYMENT_NAME") and environ.get("MODEL_URI"):
-            yield darwin_cache.make_alias(environ["DEPLOYMENT_NAME"], environ["MODEL_URI"])
+            yield cache_module.make_alias(environ["DEPLOYMENT_NAME"], environ["MODEL_URI"])
 
 
 # Volumes that no other pod can mount, or that hold no files of a pod's.

@@ -66,26 +66,22 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-import darwin_cors
-import darwin_fetch
-import darwin_keys
-import darwin_manifest
-import darwin_memory
-import darwin_pin
-import darwin_tls
-import darwin_transfer
-import darwin_workers
-from darwin_acceptor import Acceptor
-from darwin_connections import Bounds, Door
-from darwin_cpus import cpu_limit, default_workers, share_cpus
-from darwin_env import Reader
-from darwin_log import Redactor, RoleError, log_settings, run_role
-from darwin_metrics import Board, Meter
+from darwin_runtime import allocator
+from darwin_runtime.engine import workers as workers_module
+from darwin_runtime.http import auth, cors
+from darwin_runtime.http import tls as tls_module
+from darwin_runtime.http.acceptor import Acceptor
+from darwin_runtime.http.connections import Bounds, Door
+from darwin_runtime.http.metrics import Board, Meter
+from darwin_runtime.logs import Redactor, RoleError, log_settings, run_role
+from darwin_runtime.resources import cpu_limit, default_workers, share_cpus
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import digest, manifest, resolve, transfer
 
 if TYPE_CHECKING:
     # At run time they are imported in functions, after the number of threads was set that numpy reads at import.
-    from darwin_app import Service
-    from darwin_model import Model
+    from darwin_runtime.http.app import Service
+    from darwin_runtime.model.model import Model
 
 BACKLOG = 2048
 
@@ -137,21 +133,21 @@ class Settings:
     keep_alive_seconds: float
     drain_seconds: float
     verify: str
-    tls: darwin_tls.Context | None
-    guard: darwin_keys.Guard | None
+    tls: tls_module.Context | None
+    guard: auth.Guard | None
     origins: tuple[str, ...]
     required: str
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
-        """Raises `darwin_env.ConfigError` naming every bad variable."""
+        """Raises `settings.ConfigError` naming every bad variable."""
         path, uri = read.text("MODEL_LOCAL_PATH"), read.text("MLFLOW_MODEL_URI")
-        darwin_fetch.check_access(read, "MLFLOW_MODEL_URI", "" if path else uri)
+        resolve.check_access(read, "MLFLOW_MODEL_URI", "" if path else uri)
         if not path and not uri:
             read.problem("MODEL_LOCAL_PATH", "is not set, and MLFLOW_MODEL_URI neither", example="/models")
         root_path = read.text("ROOT_PATH").strip("/")
         timeout = read.number("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", 60, least=0.001)
-        tls = darwin_tls.from_env(read)
+        tls = tls_module.from_env(read)
         settings = cls(
             model_path=Path(path) if path else None,
             model_uri=uri,
@@ -178,11 +174,11 @@ class Settings:
             # Longer than the 60 s of common proxies: a connection that we close while they send on it fails a request.
             keep_alive_seconds=read.number("KEEP_ALIVE_SECONDS", 75, least=0.001),
             drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
-            verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
+            verify=read.choice("VERIFY", "size", manifest.VERIFY),
             tls=tls,
-            guard=darwin_keys.from_env(read, certificates=tls is not None and tls.asks_certificate),
-            origins=darwin_cors.from_env(read),
-            required=darwin_pin.required(read),
+            guard=auth.from_env(read, certificates=tls is not None and tls.asks_certificate),
+            origins=cors.from_env(read),
+            required=digest.required(read),
         )
         urls = {"FEATURE_STORE_URL": settings.store_url, "OFS_ADMIN_URL": settings.store_admin_url}
         for name, url in urls.items():
@@ -327,9 +323,9 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
 
     What it counts is row `number` of `board`.
     """
-    from darwin_app import Most, Service, make_app
-    from darwin_batching import Limits
-    from darwin_features import FeatureStore
+    from darwin_runtime.engine.batching import Limits
+    from darwin_runtime.http.app import Most, Service, make_app
+    from darwin_runtime.protocols.feature_store import FeatureStore
 
     limits = Limits(settings.batch_rows, settings.queue_rows, settings.request_timeout)
     bounds = Bounds(settings.head_bytes, settings.connections, settings.receive_seconds, settings.send_seconds)
@@ -338,8 +334,8 @@ def make_server(settings: Settings, board: Board, number: int = 0, closed: Calla
     service = Service(limits, settings.model_name, store, Meter(board, number), most, settings.guard)
     app, tls = make_app(service, settings.root_path), settings.tls
     config = uvicorn.Config(
-        darwin_cors.shared(app, settings.origins) if settings.origins else app,
-        loop="darwin_tls:Loop",
+        cors.shared(app, settings.origins) if settings.origins else app,
+        loop="darwin_runtime.http.tls:Loop",
         http=Door(bounds, service.meter.refused, service.meter.connected).protocol(),
         ws="none",  # there is no route for it, and a library for it may come along with a model
         ssl_context_factory=(lambda *_: tls) if tls else None,
@@ -371,20 +367,20 @@ def run(server: Server, listener: socket.socket) -> None:
 
 def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Future[None]:
     """On its inference thread, have `server` use the model from `get`, once that has answered its own example."""
-    import darwin_startup
+    from darwin_runtime.model import self_test
 
     def start() -> None:
         loaded, began = get(), time.monotonic()
-        model = darwin_startup.make_ready(loaded, settings.model_name, fast_path=settings.fast_path)
+        model = self_test.make_ready(loaded, settings.model_name, fast_path=settings.fast_path)
         batching = settings.batching == "on" or (settings.batching == "auto" and model.batchable)
-        about = darwin_startup.about(model, model.load_seconds + time.monotonic() - began)
+        about = self_test.about(model, model.load_seconds + time.monotonic() - began)
         server.service.use(model, about, batching=batching, on_hang=server.give_up)
         gc.freeze()
         # A large body is ten thousand lists, none of them garbage yet: to look through them fourteen times, as Python
         # would, is a fifteenth of what it costs.
         gc.set_threshold(50_000)
         gc.enable()
-        darwin_memory.keep_buffers()
+        allocator.keep_buffers()
 
     return server.service.inference.submit(start)
 
@@ -392,14 +388,14 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
 def fetch(settings: Settings, directory: Path) -> None:
     """Download a model that has only a URI to `directory`. Raises `RoleError`."""
     if settings.model_path is None:
-        darwin_transfer.fetch_model(settings.model_uri, directory)
+        transfer.fetch_model(settings.model_uri, directory)
 
 
 def load(settings: Settings, directory: Path) -> Model:
     """The model, after `fetch`; it is not run yet. Raises `RoleError`."""
-    import darwin_startup
+    from darwin_runtime.model import self_test
 
-    return darwin_startup.load(
+    return self_test.load(
         settings.model_path or directory,
         settings.model_config,
         settings.method,
@@ -449,11 +445,11 @@ def serve_alone(settings: Settings, directory: Path) -> None:
 def serve_together(settings: Settings, directory: Path) -> None:
     """Load once, and serve from several processes. Raises `RoleError`."""
     # What all need is imported once; and what it starts is there before there is a model to blame for it.
-    import darwin_app  # noqa: F401
+    from darwin_runtime.http import app as app_module  # noqa: F401
 
     board = Board(settings.workers + 1)
-    with darwin_workers.signals() as arriving, listening(settings) as listener:
-        job = darwin_workers.Job(
+    with workers_module.signals() as arriving, listening(settings) as listener:
+        job = workers_module.Job(
             listener=listener,
             wait=lambda closed: run(make_server(settings, board, closed=closed), listener),
             fetch=lambda: fetch(settings, directory),
@@ -464,7 +460,7 @@ def serve_together(settings: Settings, directory: Path) -> None:
             files=[listener.fileno(), board.file],
             stop_seconds=settings.drain_seconds + settings.request_timeout + SPARE_SECONDS,
         )
-        darwin_workers.supervise(settings.workers, job, arriving)
+        workers_module.supervise(settings.workers, job, arriving)
 
 
 def _allow_files(connections: int) -> None:
@@ -484,7 +480,7 @@ def serve(read: Reader, redact: Redactor) -> None:
     share_cpus(settings.workers, cpu_limit(), os.environ)
     # Those in the middle of a TLS handshake are not counted yet.
     _allow_files((4 if settings.tls else 2) * settings.connections)
-    downloaded = contextlib.nullcontext(Path()) if settings.model_path else darwin_fetch.scratch()
+    downloaded = contextlib.nullcontext(Path()) if settings.model_path else resolve.scratch()
     with downloaded as directory:
         (serve_alone if settings.workers == 1 else serve_together)(settings, directory)
     logger.info("stopped")
@@ -498,7 +494,7 @@ def serve_as_worker(read: Reader, _: Redactor) -> None:
     listener.set_inheritable(False)
     board = Board(settings.workers + 1, counts)
     body = partial(work, settings, listener, board, lambda: load(settings, Path()), number)
-    sys.exit(darwin_workers.attend(channel, body))
+    sys.exit(workers_module.attend(channel, body))
 
 
 @contextlib.contextmanager

@@ -23,21 +23,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import darwin_cache
-import darwin_disk
-import darwin_fetch
-import darwin_manifest
-import darwin_mlflow
-import darwin_output
-import darwin_pin
-import darwin_transfer
 import k8s_client
-from darwin_cache import Cache, Holder, Lock, NotACache
-from darwin_env import ConfigError, Reader
-from darwin_fetch import Retry, Source, Unreachable
-from darwin_log import Redactor, RoleError, human, leave, log_settings, mask_uri, run_role
-from darwin_manifest import Manifest, summary
-from darwin_transfer import Deadline, Transfer
+from darwin_runtime import mlflow_import
+from darwin_runtime.logs import Redactor, RoleError, human, leave, log_settings, mask_uri, run_role
+from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import digest, disk
+from darwin_runtime.storage import manifest as manifest_module
+from darwin_runtime.storage import output as output_module
+from darwin_runtime.storage import resolve as resolve_module
+from darwin_runtime.storage import transfer as transfer_module
+from darwin_runtime.storage.cache import Cache, Holder, Lock, NotACache
+from darwin_runtime.storage.manifest import Manifest, summary
+from darwin_runtime.storage.resolve import Retry, Source, Unreachable
+from darwin_runtime.storage.transfer import Deadline, Transfer
 
 # How often a pod looks whether another has finished the download, and how often it says that it waits.
 POLL_SECONDS = 0.5
@@ -68,10 +67,10 @@ class Settings:
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
-        """Raises `darwin_env.ConfigError` naming every bad variable."""
-        uri = read.required("MODEL_URI", example=darwin_fetch.MODEL_URI_EXAMPLE)
-        darwin_fetch.check_access(read, "MODEL_URI", uri)
-        required = darwin_pin.required(read)
+        """Raises `settings.ConfigError` naming every bad variable."""
+        uri = read.required("MODEL_URI", example=resolve_module.MODEL_URI_EXAMPLE)
+        resolve_module.check_access(read, "MODEL_URI", uri)
+        required = digest.required(read)
         settings = cls(
             model_uri=uri,
             output_is_default=not read.raw("OUTPUT_PATH"),
@@ -79,8 +78,8 @@ class Settings:
             strategy=read.choice("STORAGE_STRATEGY", "emptydir", ("emptydir", "pvc")),
             cache=Path(read.text("CACHE_PATH", "/model-cache")),
             retry=Retry(read.integer("MAX_RETRIES", 3, least=0), read.number("BACKOFF_SECONDS", 5.0, least=0)),
-            timeout_seconds=read.number("DOWNLOAD_TIMEOUT_SECONDS", darwin_transfer.TIMEOUT_SECONDS, least=1),
-            verify=read.choice("VERIFY", "size", darwin_manifest.VERIFY),
+            timeout_seconds=read.number("DOWNLOAD_TIMEOUT_SECONDS", transfer_module.TIMEOUT_SECONDS, least=1),
+            verify=read.choice("VERIFY", "size", manifest_module.VERIFY),
             required=required,
             deployment=read.text("DEPLOYMENT_NAME"),
             link_mode=read.choice("LINK_MODE", "symlink", ("symlink", "copy")),
@@ -97,7 +96,7 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
     """`emptydir`: the model's files at OUTPUT_PATH itself. Returns their manifest."""
     _make_output(settings.output)
     _clear_other(settings)
-    held = darwin_output.held(settings.output, settings.verify, model_uri=mask_uri(settings.model_uri))
+    held = output_module.held(settings.output, settings.verify, model_uri=mask_uri(settings.model_uri))
     try:
         source = _resolve(settings, deadline, fallback=held is not None)
     except Unreachable as error:
@@ -105,19 +104,19 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
             raise
         _fall_back(error, f"{settings.output} holds", held.manifest)
         return held.manifest
-    key = darwin_cache.make_key(source.identity, source.listing)
+    key = cache_module.make_key(source.identity, source.listing)
     # What was just found whole is not read again, and nothing is read of another model.
-    held = held or darwin_output.held(settings.output, settings.verify, key=key)
+    held = held or output_module.held(settings.output, settings.verify, key=key)
     if held and held.key == key:
-        darwin_output.unstage(settings.output)
+        output_module.unstage(settings.output)
         logger.info("%s already holds %s, 0 bytes transferred", settings.output, _named(source))
         return held.manifest
-    staging = darwin_output.stage(settings.output, key)
-    with _room_made(lambda: darwin_output.unstage(settings.output)):
-        model, parts = darwin_output.staged(staging)
+    staging = output_module.stage(settings.output, key)
+    with _room_made(lambda: output_module.unstage(settings.output)):
+        model, parts = output_module.staged(staging)
         manifest = _manifest(source, Transfer(source, model, parts, settings.retry, deadline))
-        _check_required(settings, manifest, lambda: darwin_output.unstage(settings.output))
-        darwin_output.move(model, settings.output, key, manifest)
+        _check_required(settings, manifest, lambda: output_module.unstage(settings.output))
+        output_module.move(model, settings.output, key, manifest)
     logger.info("%s is at %s", _named(source), settings.output)
     return manifest
 
@@ -131,7 +130,7 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
         raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
     except OSError as error:
         raise RoleError(
-            f"cannot write to CACHE_PATH {settings.cache} ({darwin_disk.explain(error)}); "
+            f"cannot write to CACHE_PATH {settings.cache} ({disk.explain(error)}); "
             f"mount the cache's volume there, writable by user {os.getuid()}"
         ) from error
     known = cache.ref(settings.tracking_uri, settings.model_uri)
@@ -143,43 +142,43 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
         key = _cached(cache, settings, source, deadline)
     cache.touch(key)
     if settings.deployment:
-        cache.set_alias(darwin_cache.make_alias(settings.deployment, settings.model_uri), key)
+        cache.set_alias(cache_module.make_alias(settings.deployment, settings.model_uri), key)
     _provide(cache, settings, key)
     return cache.manifest(key)
 
 
 def _clear_other(settings: Settings) -> None:
     """Whatever follows, no model that is not the required one stays where the main container would find it."""
-    record = darwin_output.read(settings.output) if settings.required else None
-    if record and darwin_pin.digest_of(record.manifest) != settings.required:
-        logger.warning("%s holds a model that %s does not ask for: it is removed", settings.output, darwin_pin.NAME)
-        darwin_output.clear(settings.output)
+    record = output_module.read(settings.output) if settings.required else None
+    if record and digest.digest_of(record.manifest) != settings.required:
+        logger.warning("%s holds a model that %s does not ask for: it is removed", settings.output, digest.NAME)
+        output_module.clear(settings.output)
 
 
 def _check_required(settings: Settings, manifest: Manifest, discard: Callable[[], object]) -> None:
     """Raise `RoleError`, after `discard`, for a model that is not the required one: the next attempt begins anew."""
-    seen = darwin_pin.digest_of(manifest)
+    seen = digest.digest_of(manifest)
     if settings.required and seen != settings.required:
         discard()
-        raise darwin_pin.refusal(settings.model_uri, seen, settings.required)
+        raise digest.refusal(settings.model_uri, seen, settings.required)
 
 
 def _resolve(settings: Settings, deadline: Deadline, *, fallback: bool) -> Source:
-    """Raises as `darwin_fetch.resolve` does, in time to start from what is at hand if there is a `fallback`."""
+    """Raises as `resolve.resolve` does, in time to start from what is at hand if there is a `fallback`."""
     left = min(deadline.left(), PATIENCE_SECONDS) if fallback else deadline.left()
     what = f"cannot resolve {settings.model_uri}, for which there are {left:.0f} s of DOWNLOAD_TIMEOUT_SECONDS"
 
     def resolve() -> Source:
-        darwin_mlflow.prepare(tables=False)
-        return darwin_fetch.persist(lambda: darwin_fetch.resolve(settings.model_uri), settings.retry)
+        mlflow_import.prepare(tables=False)
+        return resolve_module.persist(lambda: resolve_module.resolve(settings.model_uri), settings.retry)
 
-    return darwin_transfer.within(left, resolve, what)
+    return transfer_module.within(left, resolve, what)
 
 
 def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline) -> str:
     """Make sure that the cache has `source`, whole; return its key. Of several pods one downloads, the others wait."""
-    key = darwin_cache.make_key(source.identity, source.listing)
-    # Before looking, and the look keeps what it finds: `darwin_cache` has why.
+    key = cache_module.make_key(source.identity, source.listing)
+    # Before looking, and the look keeps what it finds: `cache` has why.
     cache.lease(settings.pod, str(settings.output), key, settings.uid)
     look = _Look(cache, key, settings.verify, settings.required)
     waiting = _Waiting(key)
@@ -200,7 +199,7 @@ def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline
     try:
         cache.set_ref(settings.tracking_uri, settings.model_uri, key)
     except OSError as error:  # the model is there all the same
-        logger.warning("what %s resolved to is not remembered: %s", settings.model_uri, darwin_disk.explain(error))
+        logger.warning("what %s resolved to is not remembered: %s", settings.model_uri, disk.explain(error))
     return key
 
 
@@ -221,8 +220,8 @@ class _Look:
             return False
         damage = self.cache.damage(self.key, self.verify)
         if self.required and not damage:
-            seen = darwin_pin.digest_of(self.cache.manifest(self.key))
-            damage = [f"{darwin_pin.NAME} expects {self.required}, seen {seen}"] if seen != self.required else []
+            seen = digest.digest_of(self.cache.manifest(self.key))
+            damage = [f"{digest.NAME} expects {self.required}, seen {seen}"] if seen != self.required else []
         if damage:
             self.damaged = there
             logger.warning("the cache entry %s is damaged: %s", self.key, summary(damage))
@@ -235,7 +234,7 @@ def _fill(cache: Cache, settings: Settings, source: Source, key: str, lock: Lock
     done = False
     try:
         staging = cache.stage(key, lock)
-        model, parts = darwin_cache.model_of(staging), darwin_cache.parts_of(staging)
+        model, parts = cache_module.model_of(staging), cache_module.parts_of(staging)
         transfer = Transfer(source, model, parts, settings.retry, deadline, shared=True)
         with _beating(lock, transfer), _room_made(partial(cache.discard, staging)):
             manifest = _manifest(source, transfer)
@@ -259,7 +258,7 @@ def _beating(lock: Lock, transfer: Transfer) -> Iterator[None]:
     stop = threading.Event()
 
     def beat() -> None:
-        while not stop.wait(darwin_cache.HEARTBEAT_SECONDS):
+        while not stop.wait(cache_module.HEARTBEAT_SECONDS):
             lock.beat(transfer.arrived(), transfer.total)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -277,7 +276,7 @@ def _room_made(discard: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in darwin_disk.FULL:
+        if error.errno in disk.FULL:
             discard()
         raise
 
@@ -328,12 +327,12 @@ def _provide(cache: Cache, settings: Settings, key: str) -> None:
             raise
         logger.info("there is no %s here; the model is in the cache only: %s", settings.output, cache.model(key))
         return
-    if settings.link_mode == "copy" and darwin_output.held(settings.output, settings.verify, key=key):
-        darwin_output.unstage(settings.output)
+    if settings.link_mode == "copy" and output_module.held(settings.output, settings.verify, key=key):
+        output_module.unstage(settings.output)
         logger.info("%s already holds a copy of %s", settings.output, cache.model(key))
         return
-    put = darwin_output.copy if settings.link_mode == "copy" else darwin_output.link
-    with _room_made(lambda: darwin_output.unstage(settings.output)):
+    put = output_module.copy if settings.link_mode == "copy" else output_module.link
+    with _room_made(lambda: output_module.unstage(settings.output)):
         put(cache.model(key).absolute(), settings.output, key, cache.manifest(key))
     logger.info("%s holds the model, as %s of %s", settings.output, settings.link_mode, cache.model(key))
 
@@ -346,7 +345,7 @@ def _make_output(output: Path) -> None:
         raise RoleError(f"cannot create OUTPUT_PATH {output} ({error.strerror}); mount a volume there") from error
     if not writable:
         number = errno.EROFS if os.statvfs(output).f_flag & os.ST_RDONLY else errno.EACCES
-        why = darwin_disk.explain(OSError(number, os.strerror(number), str(output)))
+        why = disk.explain(OSError(number, os.strerror(number), str(output)))
         raise RoleError(f"cannot write to OUTPUT_PATH: {why}")
 
 
@@ -367,7 +366,7 @@ def run(read: Reader, redact: Redactor) -> None:
         "%d attempts at most for each file, %g s in all; in each, MLflow itself repeats a failing request %s times",
         settings.retry.retries + 1,
         settings.timeout_seconds,
-        read.text(repeats, darwin_mlflow.DEFAULTS[repeats]),
+        read.text(repeats, mlflow_import.DEFAULTS[repeats]),
     )
     deadline = Deadline(settings.timeout_seconds)
     try:
@@ -375,13 +374,13 @@ def run(read: Reader, redact: Redactor) -> None:
         logger.info(
             "%s has sha256 %s, which %s can ask for",
             settings.model_uri,
-            darwin_pin.digest_of(manifest),
-            darwin_pin.NAME,
+            digest.digest_of(manifest),
+            digest.NAME,
         )
     except NotACache as error:
         raise RoleError(str(error)) from error
     except OSError as error:
-        raise RoleError(f"cannot put {settings.model_uri} on disk: {darwin_disk.explain(error)}") from error
+        raise RoleError(f"cannot put {settings.model_uri} on disk: {disk.explain(error)}") from error
 
 
 def main(environ: Mapping[str, str] = os.environ) -> int:

@@ -20,13 +20,13 @@ from typing import Any
 import requests
 
 import cleanup
-import darwin_fetch
-import darwin_mlflow
 import download
-from darwin_cache import Cache
-from darwin_env import Reader
-from darwin_manifest import File, Manifest
-from darwin_transfer import Deadline, Transfer
+from darwin_runtime import mlflow_import
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import resolve
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.manifest import File, Manifest
+from darwin_runtime.storage.transfer import Deadline, Transfer
 
 
 def peak() -> float:
@@ -36,17 +36,17 @@ def peak() -> float:
 
 
 def transfer(uri: str, directory: str) -> dict[str, float]:
-    darwin_mlflow.prepare(tables=False)
-    source = darwin_fetch.resolve(uri)
+    mlflow_import.prepare(tables=False)
+    source = resolve.resolve(uri)
     place = Path(directory)
     began = time.monotonic()
-    files = Transfer(source, place / "model", place / "parts", darwin_fetch.Retry(), Deadline(3600)).run()
+    files = Transfer(source, place / "model", place / "parts", resolve.Retry(), Deadline(3600)).run()
     seconds = time.monotonic() - began
     return {"seconds": seconds, "bytes": sum(file.size for file in files), "peak": peak()}
 
 
 def imported() -> dict[str, float]:
-    darwin_mlflow.prepare(tables=False)
+    mlflow_import.prepare(tables=False)
     from mlflow import MlflowClient  # noqa: F401 - a client is what a downloader cannot do without
     from mlflow.store.artifact import models_artifact_repo  # noqa: F401
 
@@ -54,7 +54,7 @@ def imported() -> dict[str, float]:
 
 
 def hit() -> dict[str, float]:
-    darwin_mlflow.prepare(tables=False)
+    mlflow_import.prepare(tables=False)
     from mlflow import MlflowClient  # noqa: F401 - its import is no work of ours
     from mlflow.store.artifact import models_artifact_repo  # noqa: F401
 

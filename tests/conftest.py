@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import pytest
 import requests
 
-from darwin_cache import Cache
+from darwin_runtime.storage.cache import Cache
 from tests import prepared, shared
 from tests.apiserver import ApiServer
 from tests.share import SEED, SHARE
@@ -114,11 +114,11 @@ def api(tmp_path: Path) -> Iterator[ApiServer]:
 @pytest.fixture(scope="module")
 def serving_environment() -> Iterator[None]:
     """Whatever loading a model sets for good is set now, and unset again: another test may want MLflow's defaults."""
-    import darwin_mlflow
-    import darwin_model
+    from darwin_runtime import mlflow_import
+    from darwin_runtime.model import model
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (darwin_mlflow.DEFAULTS | darwin_model.SERVING).items():
+        for name, value in (mlflow_import.DEFAULTS | model.SERVING).items():
             patch.setenv(name, value)
         yield
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODULES = ("darwin_protocols", "darwin_v2", "darwin_plan", "darwin_cells", "darwin_json", "darwin_features")
+MODULES = ("darwin_runtime.protocols", "darwin_runtime.schema")
 
 TIMEOUT_SECONDS = 5
 MEMORY_MB = 1500

@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import darwin_features
-import darwin_protocols as protocols
-import darwin_v2
-from darwin_app import EXPECTED, Most
-from darwin_batching import Request
-from darwin_json import Unwritable
-from darwin_plan import Contract, ParamPlan, plan_of
-from darwin_protocols import Headers
+from darwin_runtime.engine.batching import Request
+from darwin_runtime.http.app import EXPECTED, Most
+from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols import feature_store, open_inference
+from darwin_runtime.protocols.base import Headers
+from darwin_runtime.protocols.encoding import Unwritable
+from darwin_runtime.schema.tabular import Contract, ParamPlan, plan_of
 from tests.tensors import binary
 
 Spec = dict[str, Any]
@@ -116,7 +115,9 @@ def requests(name: str) -> dict[str, dict[str, Any]]:
         "invocations": {"inputs": rows, **asked},
         "v1": {"instances": rows, "parameters": {**params, "predict_method": "predict_proba"}},
     }
-    tensors = darwin_v2.tensors(contract, row) or [{"name": "a", "shape": [1, 1], "datatype": "FP32", "data": [1.5]}]
+    tensors = open_inference.tensors(contract, row) or [
+        {"name": "a", "shape": [1, 1], "datatype": "FP32", "data": [1.5]}
+    ]
     if name != "hinted":
         found["v2"] = {"id": "x", "inputs": tensors, "outputs": [{"name": "a", "parameters": {"binary_data": True}}]}
     return found
@@ -171,7 +172,7 @@ def _chosen(read: Read, headers: Headers, data: bytes) -> None:
 def _binary(data: bytes) -> None:
     if len(data) > 3:
         length = b"%d" % int.from_bytes(data[1:3], "little")
-        ask(darwin_v2.read_infer, data[3:], {darwin_v2.LENGTH.lower().encode(): length}, _contract(data[0]))
+        ask(open_inference.read_infer, data[3:], {open_inference.LENGTH.lower().encode(): length}, _contract(data[0]))
 
 
 def _encoded(data: bytes) -> None:
@@ -187,11 +188,11 @@ def _headers(data: bytes) -> None:
     content_type, _, accept = data.partition(b"\n")
     body = b'{"inputs": [[1, 2, 3]]}'
     headers = {b"content-type": content_type, b"accept": accept, b"inference-header-content-length": accept}
-    for read in (protocols.read_invocations, protocols.read_v1, darwin_v2.read_infer):
+    for read in (protocols.read_invocations, protocols.read_v1, open_inference.read_infer):
         ask(read, body, headers, CONTRACTS["doubles"])
 
 
-class _Store(darwin_features.FeatureStore):
+class _Store(feature_store.FeatureStore):
     """A feature store that answers with what it is given, as often as it is asked."""
 
     answer: Any = None
@@ -241,7 +242,7 @@ def _binary_seeds() -> Iterator[bytes]:
     for index, name in enumerate(NAMES):
         if "v2" in requests(name):
             body, headers = binary(requests(name)["v2"])
-            yield bytes([index]) + int(headers[darwin_v2.LENGTH]).to_bytes(2, "little") + body
+            yield bytes([index]) + int(headers[open_inference.LENGTH]).to_bytes(2, "little") + body
 
 
 def _csv_seeds() -> Iterator[bytes]:
@@ -288,7 +289,7 @@ PARQUET = {b"content-type": protocols.PARQUET.encode()}
 
 TARGETS = {
     "v2-binary": Target(_binary, _binary_seeds),
-    "v2-json": Target(partial(_chosen, darwin_v2.read_infer, {}), partial(_json_seeds, "v2")),
+    "v2-json": Target(partial(_chosen, open_inference.read_infer, {}), partial(_json_seeds, "v2")),
     "predict": Target(partial(_chosen, protocols.read_predict, {}), partial(_json_seeds, "predict")),
     "invocations": Target(partial(_chosen, protocols.read_invocations, {}), _invocations_seeds),
     "v1": Target(partial(_chosen, protocols.read_v1, {}), partial(_json_seeds, "v1")),
@@ -312,7 +313,7 @@ TOKENS = (
     *("features", "params", "parameters", "feature_group", "ofs_keys", "predict_method", "predict_proba"),
     *("dataframe_split", "dataframe_records", "instances", "inputs", "columns", "index", "data", "messages", "stream"),
     *("name", "shape", "datatype", "outputs", "id", "binary_data_size", "binary_data", "binary_data_output"),
-    *(*darwin_v2.NUMBERS, darwin_v2.BYTES, "factor", "since", "weights", "item", "note", "image", "weight"),
+    *(*open_inference.NUMBERS, open_inference.BYTES, "factor", "since", "weights", "item", "note", "image", "weight"),
     *("null", "true", "false", "NaN", "Infinity", "-0", "-0.0", "1e400", "1e-400", "1e308", "9223372036854775808"),
     *("18446744073709551616", "123456789012345678901234567890", "4611686018427387904", "-1", "0.1", "1.0"),
     *("2024-02-29", "2024-02-29T23:59:60Z", "2262-04-12", "0000-00-00", "AA==", "\\ud800", "\\u0000", "\ufeff"),

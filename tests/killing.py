@@ -105,23 +105,23 @@ def main() -> None:
 
 def no_locks() -> None:
     """Every downloader gets the lock at once."""
-    import darwin_cache
+    from darwin_runtime.storage import cache as cache_module
 
-    def try_lock(cache: darwin_cache.Cache, key: str, owner: str) -> darwin_cache.Lock:
+    def try_lock(cache: cache_module.Cache, key: str, owner: str) -> cache_module.Lock:
         path = cache.root / ".locks" / f"{key}.{os.getpid()}"
-        return darwin_cache.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
+        return cache_module.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
 
-    darwin_cache.Cache.try_lock = try_lock  # type: ignore[assignment,method-assign]
+    cache_module.Cache.try_lock = try_lock  # type: ignore[assignment,method-assign]
 
 
 def quick_heartbeat() -> None:
     """The dead are noticed soon, and leave what had arrived."""
-    import darwin_cache
-    import darwin_transfer
     import download
+    from darwin_runtime.storage import cache as cache_module
+    from darwin_runtime.storage import transfer
 
-    darwin_transfer.COMMIT_SECONDS, darwin_transfer.SYNC_SECONDS, darwin_transfer.LOOK_SECONDS = 0.2, 0.2, 0.05
-    darwin_cache.HEARTBEAT_SECONDS, darwin_cache.SILENCE_SECONDS, download.POLL_SECONDS = 0.2, 1.0, 0.05
+    transfer.COMMIT_SECONDS, transfer.SYNC_SECONDS, transfer.LOOK_SECONDS = 0.2, 0.2, 0.05
+    cache_module.HEARTBEAT_SECONDS, cache_module.SILENCE_SECONDS, download.POLL_SECONDS = 0.2, 1.0, 0.05
 
 
 def _hook(within: tuple[str, ...], at: int | None, noted: int) -> Any:

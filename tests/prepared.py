@@ -35,7 +35,7 @@ from typing import IO, Any, NoReturn, cast
 
 import coverage
 
-import darwin_mlflow
+from darwin_runtime import mlflow_import
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,8 +55,15 @@ MODULES = {
         *("mlflow.store.artifact.mlflow_artifacts_repo", "mlflow.store.artifact.models_artifact_repo"),
     ),
     "serve": (
-        *("darwin_app", "darwin_startup", "mlflow.pyfunc", "mlflow.sklearn", "skops.io", "sklearn.linear_model"),
-        *("uvicorn.protocols.http.httptools_impl", "uvloop"),
+        *(
+            "darwin_runtime.http.app",
+            "darwin_runtime.model.self_test",
+            "mlflow.pyfunc",
+            "mlflow.sklearn",
+            "skops.io",
+            "sklearn.linear_model",
+        ),
+        *("sklearn.linear_model", "uvicorn.protocols.http.httptools_impl", "uvloop"),
     ),
 }
 
@@ -190,11 +197,11 @@ def _prepare(kind: str) -> None:
     """Import what the roles of this kind import by and by."""
     importlib.import_module("darwin_serve" if kind == "serve" else "download")
     if kind == "serve":
-        from darwin_model import SERVING
+        from darwin_runtime.model.model import SERVING
 
-        darwin_mlflow.prepare(SERVING)
+        mlflow_import.prepare(SERVING)
     else:
-        darwin_mlflow.prepare(tables=False)
+        mlflow_import.prepare(tables=False)
     for name in MODULES[kind]:
         importlib.import_module(name)
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

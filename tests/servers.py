@@ -17,9 +17,9 @@ from typing import Any
 import requests
 import uvicorn
 
-import darwin_model
-from darwin_app import Service, make_app
-from darwin_batching import Limits
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.model import model
 from tests import prepared
 from tests.conftest import ROOT, clean_environ, wait_until
 from tests.models import model_path
@@ -114,12 +114,12 @@ def serving(
 def switching(limits: Limits | None = None, **options: Any) -> Iterator[Callable[[str], str]]:
     """Our application in this process: call what is yielded with the model it is to answer with, for its URL."""
     service = Service(limits or Limits(), **options)
-    models: dict[str, darwin_model.Model] = {}
+    models: dict[str, model.Model] = {}
     with in_thread(make_app(service)) as url:
 
         def switch(kind: str) -> str:
             if kind not in models:
-                models[kind] = darwin_model.load(model_path(kind))
+                models[kind] = model.load(model_path(kind))
             service.use(models[kind])
             return url
 

@@ -12,15 +12,15 @@ GETTERS = ("text", "required", "choice", "flag", "integer", "number", "raw")
 ROLES = {
     "main": [
         "darwin_serve.py",
-        "darwin_fetch.py",
-        "darwin_keys.py",
-        "darwin_tls.py",
-        "darwin_cors.py",
-        "darwin_pin.py",
+        "darwin_runtime/storage/resolve.py",
+        "darwin_runtime/http/auth.py",
+        "darwin_runtime/http/tls.py",
+        "darwin_runtime/http/cors.py",
+        "darwin_runtime/storage/digest.py",
     ],
-    "init": ["download.py", "darwin_fetch.py", "darwin_pin.py"],
+    "init": ["download.py", "darwin_runtime/storage/resolve.py", "darwin_runtime/storage/digest.py"],
     "cleanup": ["cleanup.py"],
-    "every": ["darwin_log.py"],
+    "every": ["darwin_runtime/logs.py"],
 }
 
 

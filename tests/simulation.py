@@ -30,15 +30,14 @@ from typing import Any
 import yaml  # noqa: F401 - or who is stopped while importing it stops all others
 
 import cleanup
-import darwin_cache
-import darwin_disk
-import darwin_transfer
 import download
-from darwin_cache import Cache
-from darwin_env import Reader
-from darwin_fetch import RemoteFile, Source
-from darwin_log import RoleError
-from darwin_transfer import Deadline
+from darwin_runtime.logs import RoleError
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import disk, transfer
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.resolve import RemoteFile, Source
+from darwin_runtime.storage.transfer import Deadline
 from tests.apiserver import pod
 from tests.killing import paths_within
 
@@ -85,7 +84,7 @@ def source(model: str) -> Source:
     )
 
 
-KEYS = {model: darwin_cache.make_key(source(model).identity, source(model).listing) for model in MODELS}
+KEYS = {model: cache_module.make_key(source(model).identity, source(model).listing) for model in MODELS}
 
 
 class Actor(threading.Thread):
@@ -164,7 +163,7 @@ class World:
                 try:
                     key = download._cached(self.cache, settings, source(model), Deadline(1e9))
                     self.cache.touch(key)
-                    self.cache.set_alias(darwin_cache.make_alias(name, model), key)
+                    self.cache.set_alias(cache_module.make_alias(name, model), key)
                 except (OSError, RoleError):
                     # What it relied on was taken for the dead's. Kubernetes starts it again.
                     self.counts["failed downloads"] += 1
@@ -358,7 +357,7 @@ class World:
             while self.actors:
                 self.go_on(self.actors[0])
         left = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
-        assert left == [darwin_cache.TAG_NAME], left
+        assert left == [cache_module.TAG_NAME], left
 
 
 class Inline:
@@ -394,10 +393,10 @@ def _reads_clock(world: World, owner: Any, name: str, *, generates: bool = False
     setattr(owner, name, wrapped)
 
 
-def _no_locks(world: World) -> Callable[[Cache, str, str], darwin_cache.Lock]:
-    def try_lock(cache: Cache, key: str, owner: str) -> darwin_cache.Lock:
+def _no_locks(world: World) -> Callable[[Cache, str, str], cache_module.Lock]:
+    def try_lock(cache: Cache, key: str, owner: str) -> cache_module.Lock:
         path = cache.root / ".locks" / f"{key}.{world.steps}"
-        return darwin_cache.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
+        return cache_module.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
 
     return try_lock
 
@@ -408,13 +407,13 @@ def _arrange(world: World, *, locks: bool) -> None:
         return float(max(node.lstat().st_mtime for node in nodes))
 
     replaced: list[tuple[Any, str, Any]] = [
-        (darwin_transfer, "within", lambda _seconds, action, _what: action()),
-        (darwin_transfer, "start_threads", lambda _count, work: work() or []),
-        (darwin_disk, "ThreadPoolExecutor", Inline),
+        (transfer, "within", lambda _seconds, action, _what: action()),
+        (transfer, "start_threads", lambda _count, work: work() or []),
+        (disk, "ThreadPoolExecutor", Inline),
         # Files can be made older in what they say of their content, not of themselves.
-        (darwin_cache, "_touched", touched),
+        (cache_module, "_touched", touched),
         # What a crash of the machine does is not told here.
-        (darwin_disk, "sync", lambda path: None),
+        (disk, "sync", lambda path: None),
         (time, "sleep", world.sleep),
         # No machine's clock counts.
         (time, "time", lambda: _real_time() + world.chance.uniform(-1e6, 1e6)),
@@ -439,7 +438,7 @@ def _list_no_more(_decisions: Any, _cache: Any, _settings: Any, _look: Any) -> A
     return _execute(_decisions, _cache, _settings, lambda: cleanup.InUse())  # type: ignore[arg-type]
 
 
-def _drop_all(cache: Cache, lease: darwin_cache.Lease) -> None:
+def _drop_all(cache: Cache, lease: cache_module.Lease) -> None:
     stem = lease.name.rpartition(".")[0].rpartition(".")[0]
     for path in (cache.root / ".leases").glob(f"{stem}.*"):
         path.unlink(missing_ok=True)

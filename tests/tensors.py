@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from darwin_v2 import COLUMNS, LENGTH, NUMBERS
+from darwin_runtime.protocols.open_inference import COLUMNS, LENGTH, NUMBERS
 
 
 def column_tensors(specs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

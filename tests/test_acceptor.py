@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from darwin_acceptor import PRECEDENCE_SECONDS, Acceptor
-from darwin_metrics import Board, Meter
+from darwin_runtime.http.acceptor import PRECEDENCE_SECONDS, Acceptor
+from darwin_runtime.http.metrics import Board, Meter
 from tests.conftest import wait_until
 from tests.connection import Connection, request
 from tests.models import model_path
@@ -141,7 +141,7 @@ class Poor(socket.socket):
 
 
 def test_it_goes_on_when_there_are_files_again(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("darwin_acceptor.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("darwin_runtime.http.acceptor.RETRY_SECONDS", 0.01)
     with socket.create_connection(listener.getsockname()) as client, Poor(fileno=os.dup(listener.fileno())) as poor:
         served_by(poor, lambda: False, 1)
         assert not poor.failures

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from darwin_batching import (
+from darwin_runtime.engine.batching import (
     MAX_QUEUE_BYTES,
     SUSPECT_SECONDS,
     Answered,
@@ -24,8 +24,8 @@ from darwin_batching import (
     TooSlow,
     split,
 )
-from darwin_cells import InputError
-from darwin_plan import Rows, plan_of
+from darwin_runtime.schema.datatypes import InputError
+from darwin_runtime.schema.tabular import Rows, plan_of
 
 PLAN = plan_of([{"type": "double", "name": "a"}])
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import darwin_cache
-import darwin_disk
-from darwin_cache import Cache, Holder, Lock, NotACache
-from darwin_log import RoleError
-from darwin_manifest import File, Manifest
+from darwin_runtime.logs import RoleError
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import disk
+from darwin_runtime.storage.cache import Cache, Holder, Lock, NotACache
+from darwin_runtime.storage.manifest import File, Manifest
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -84,7 +84,7 @@ def test_what_may_not_be_looked_at_is_not_damaged(cache: Cache, monkeypatch: pyt
         raise PermissionError(13, "Permission denied")
 
     # Root, who runs the tests in CI, may look at everything.
-    monkeypatch.setattr(darwin_disk, "open_regular", denied)
+    monkeypatch.setattr(disk, "open_regular", denied)
     with pytest.raises(PermissionError):
         cache.damage(KEY)
 
@@ -257,7 +257,7 @@ def test_only_the_key_s_own_staging_is_inherited(cache: Cache) -> None:
         (cache.root / ".staging" / name / "model" / "MLmodel").mkdir(parents=True)
     lock = cache.try_lock(KEY, "one")
     assert isinstance(lock, Lock)
-    assert list(darwin_cache.model_of(cache.stage(KEY, lock)).iterdir()) == [], "of others that may live"
+    assert list(cache_module.model_of(cache.stage(KEY, lock)).iterdir()) == [], "of others that may live"
     heir = cache.try_lock(KEY, "one")
     assert isinstance(heir, Lock)
     staging = cache.stage(KEY, heir)
@@ -269,7 +269,7 @@ def test_what_nobody_shows_to_be_alive_is_inherited_by_whoever_comes(
 ) -> None:
     """Of those who take a lock over at the same time, one may find no lock at all."""
     (cache.stage(KEY) / "model" / "MLmodel").touch()
-    monkeypatch.setattr(darwin_cache, "SILENCE_SECONDS", -1)
+    monkeypatch.setattr(cache_module, "SILENCE_SECONDS", -1)
     lock = cache.try_lock(KEY, "one")
     assert isinstance(lock, Lock)
     assert not lock.inherited
@@ -279,11 +279,11 @@ def test_what_nobody_shows_to_be_alive_is_inherited_by_whoever_comes(
 def test_what_was_staged_is_inherited_from_one_that_died_inheriting(cache: Cache) -> None:
     lock = cache.try_lock(KEY, "one")
     assert isinstance(lock, Lock)
-    (darwin_cache.model_of(cache.stage(KEY, lock)) / "MLmodel").touch()
-    lock.path.rename(darwin_disk.temporary(lock.path))
+    (cache_module.model_of(cache.stage(KEY, lock)) / "MLmodel").touch()
+    lock.path.rename(disk.temporary(lock.path))
     heir = cache.try_lock(KEY, "two")
     assert isinstance(heir, Lock)
-    assert [path.name for path in darwin_cache.model_of(cache.stage(KEY, heir)).iterdir()] == ["MLmodel"]
+    assert [path.name for path in cache_module.model_of(cache.stage(KEY, heir)).iterdir()] == ["MLmodel"]
     assert [path.name for path in (cache.root / ".locks").iterdir()] == [KEY]
 
 
@@ -327,7 +327,7 @@ def test_what_can_not_be_listed_in_a_tree_is_not_overlooked(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "scandir", stale)
     with pytest.raises(OSError, match="Stale"):
-        list(darwin_disk.below(tmp_path))
+        list(disk.below(tmp_path))
 
 
 UID = "01234567-89ab-cdef-0123-456789abcdef"
@@ -349,17 +349,17 @@ def test_nothing_is_written_through_a_planted_link(cache: Cache, tmp_path: Path)
     (cache.root / KEY / "last_used").symlink_to(outside)
     with pytest.raises(OSError, match="last_used"):
         cache.touch(KEY)
-    outside.write_text(f"{darwin_cache.TAG_SIGNATURE}\n")
+    outside.write_text(f"{cache_module.TAG_SIGNATURE}\n")
     os.utime(outside, (0, 0))
-    (cache.root / darwin_cache.TAG_NAME).unlink()
-    (cache.root / darwin_cache.TAG_NAME).symlink_to(outside)
+    (cache.root / cache_module.TAG_NAME).unlink()
+    (cache.root / cache_module.TAG_NAME).symlink_to(outside)
     with pytest.raises(NotACache):
         Cache.find(cache.root)
     assert outside.stat().st_mtime == 0
 
 
 def test_what_only_looks_like_ours_is_left_alone(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    monkeypatch.setattr(cache_module, "ABANDONED_SECONDS", -1)
     for name in (".backup.tmp", "notes.tmp"):
         (cache.root / name).touch()
     assert list(cache.leftovers()) == []
@@ -408,7 +408,7 @@ def test_a_new_download_keeps_its_place(cache: Cache) -> None:
 
 
 def test_aliases(cache: Cache) -> None:
-    alias = darwin_cache.make_alias("shop", "models:/m/1")
+    alias = cache_module.make_alias("shop", "models:/m/1")
     assert alias == hashlib.sha256(b"shop:models:/m/1").hexdigest()
     publish(cache, KEY)
     cache.set_alias(alias, OTHER)
@@ -461,11 +461,11 @@ def test_strangers_are_told_apart(cache: Cache) -> None:
 
 def test_keys_depend_on_identity_and_listing() -> None:
     identity, listing = {"name": "m", "version": "1"}, [("MLmodel", 3), ("data", None)]
-    key = darwin_cache.make_key(identity, listing)
-    assert darwin_cache.is_key(key)
-    assert key == darwin_cache.make_key(dict(reversed(identity.items())), listing[::-1])
-    assert key != darwin_cache.make_key({**identity, "version": "2"}, listing)
-    assert key != darwin_cache.make_key(identity, [("MLmodel", 4), ("data", None)])
+    key = cache_module.make_key(identity, listing)
+    assert cache_module.is_key(key)
+    assert key == cache_module.make_key(dict(reversed(identity.items())), listing[::-1])
+    assert key != cache_module.make_key({**identity, "version": "2"}, listing)
+    assert key != cache_module.make_key(identity, [("MLmodel", 4), ("data", None)])
 
 
 @pytest.mark.parametrize("prepare", [False, True])
@@ -512,15 +512,15 @@ def test_a_planted_link_inside_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_stranger_is_nobody_s_leftover(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache.root / ".staging" / "thesis").mkdir()
     (cache.root / ".trash" / "thesis").mkdir()
-    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    monkeypatch.setattr(cache_module, "ABANDONED_SECONDS", -1)
     assert list(cache.leftovers()) == []
 
 
 def test_preparing_twice_changes_nothing(cache: Cache) -> None:
     publish(cache, KEY)
-    before = (cache.root / darwin_cache.TAG_NAME).stat().st_mtime_ns
+    before = (cache.root / cache_module.TAG_NAME).stat().st_mtime_ns
     Cache.prepare(cache.root)
-    assert (cache.root / darwin_cache.TAG_NAME).stat().st_mtime_ns == before
+    assert (cache.root / cache_module.TAG_NAME).stat().st_mtime_ns == before
     assert cache.has(KEY)
 
 
@@ -532,7 +532,7 @@ def test_left_over_by_what_happened_last(cache: Cache, monkeypatch: pytest.Monke
     os.utime(old, (0, 0))
     os.utime(staging, (0, 0))
     assert list(cache.leftovers()) == []
-    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    monkeypatch.setattr(cache_module, "ABANDONED_SECONDS", -1)
     assert list(cache.leftovers()) == [staging]
 
 
@@ -542,15 +542,15 @@ def test_everything_of_the_dead_is_left_over_at_last(cache: Cache, monkeypatch: 
     cache.stage(OTHER)
     cache.announce(OTHER)
     for directory in (cache.root, cache.root / ".leases", cache.root / ".trash"):
-        darwin_disk.temporary(directory / "x").touch()
+        disk.temporary(directory / "x").touch()
     doomed = cache.root / ".trash" / "0.doomed"
     (doomed / "model").mkdir(parents=True)
     assert list(cache.leftovers()) == [doomed], "which nobody may want back"
-    monkeypatch.setattr(darwin_cache, "ABANDONED_SECONDS", -1)
+    monkeypatch.setattr(cache_module, "ABANDONED_SECONDS", -1)
     for path in list(cache.leftovers()):
         cache.discard(path)
     assert sorted(path.name for path in cache.root.iterdir()) == sorted(
-        [darwin_cache.TAG_NAME, KEY, ".leases", ".locks", ".refs", ".staging", ".trash"]
+        [cache_module.TAG_NAME, KEY, ".leases", ".locks", ".refs", ".staging", ".trash"]
     )
     assert not [
         path for inner in (".leases", ".locks", ".staging", ".trash") for path in (cache.root / inner).iterdir()
@@ -559,9 +559,9 @@ def test_everything_of_the_dead_is_left_over_at_last(cache: Cache, monkeypatch: 
 
 def test_an_interrupted_write_leaves_the_old(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
-    darwin_disk.write_atomically(path, "old")
+    disk.write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        darwin_disk.write_atomically(path, "\ud800")
+        disk.write_atomically(path, "\ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -573,6 +573,6 @@ def test_removing_follows_no_link(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "link").symlink_to(outside)
-    darwin_disk.remove_tree(inside)
-    darwin_disk.remove_tree(tmp_path / "inside")
+    disk.remove_tree(inside)
+    disk.remove_tree(tmp_path / "inside")
     assert (outside / "file").exists()

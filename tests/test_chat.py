@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 import requests
 
-import darwin_streaming
-from darwin_batching import Overloaded, TooSlow
-from darwin_streaming import AHEAD, MOST, Streams
+from darwin_runtime.engine.batching import Overloaded, TooSlow
+from darwin_runtime.http import streaming
+from darwin_runtime.http.streaming import AHEAD, MOST, Streams
 from tests.conftest import wait_until
 from tests.models import model_path, scoring_app
 from tests.servers import in_thread, serving
@@ -112,7 +112,7 @@ def test_a_failure_at_the_beginning_has_a_status(ours: Callable[[str], str]) -> 
 
 def test_too_many_streams_are_told_to_come_back(ours: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     url = ours("chatting")
-    monkeypatch.setattr(darwin_streaming, "MOST", 0)
+    monkeypatch.setattr(streaming, "MOST", 0)
     answer = ask(url, {"prompt": "a", "stream": True})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
 

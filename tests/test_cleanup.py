@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import cleanup
-import darwin_cache
 from cleanup import DAY, GIB, Decision, InUse, Settings
-from darwin_cache import Cache, Entry, Lease
-from darwin_env import Reader
-from darwin_manifest import File, Manifest
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage.cache import Cache, Entry, Lease
+from darwin_runtime.storage.manifest import File, Manifest
 from tests import apiserver, prepared
 from tests.apiserver import ApiServer, pod
 from tests.conftest import ROOT, Finished, clean_environ, http_server, program
@@ -158,7 +158,7 @@ def test_a_reference_counts(reference: dict[str, Any]) -> None:
 
 
 def test_an_alias_counts() -> None:
-    alias = darwin_cache.make_alias("shop", "models:/m/1")
+    alias = cache_module.make_alias("shop", "models:/m/1")
     names = {A: A, alias: A}
     chart = pod("chart", env={"MODEL_LOCAL_PATH": f"/model-cache/{alias}/model"}, **CACHE)
     ours = pod("ours", init_env={"DEPLOYMENT_NAME": "shop", "MODEL_URI": "models:/m/1"}, **CACHE)
@@ -248,7 +248,7 @@ def lease(cache: Cache, name: str, key: str) -> None:
 
 
 def keys(cache: Cache) -> str:
-    return "".join(sorted(name[0] for name in os.listdir(cache.root) if darwin_cache.is_key(name)))
+    return "".join(sorted(name[0] for name in os.listdir(cache.root) if cache_module.is_key(name)))
 
 
 def test_removes_exactly_what_is_expired_and_free(cache: Cache, api: ApiServer) -> None:

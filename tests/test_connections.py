@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from darwin_connections import MOST_PIPELINED
+from darwin_runtime.http.connections import MOST_PIPELINED
 from tests.conftest import wait_until
 from tests.models import IRIS, model_path
 from tests.servers import Served, serving

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-import darwin_cors
-from darwin_env import ConfigError, Reader
+from darwin_runtime.http import cors
+from darwin_runtime.settings import ConfigError, Reader
 from darwin_serve import HEADERS, Settings
 from tests.conftest import wait_until
 from tests.models import IRIS, model_path
@@ -40,11 +40,11 @@ def allowed(answer: requests.Response) -> str | None:
 
 @pytest.mark.parametrize("origin", [APP, LOCAL])
 def test_a_preflight_needs_no_key(role: Served, origin: str) -> None:
-    asked = {"Origin": origin, **ASKED, "Access-Control-Request-Headers": ", ".join(darwin_cors.ASKED_WITH)}
+    asked = {"Origin": origin, **ASKED, "Access-Control-Request-Headers": ", ".join(cors.ASKED_WITH)}
     answer = requests.options(f"{role.url}/predict", headers=asked, timeout=60)
     assert (answer.status_code, allowed(answer)) == (200, origin)
     told = {name.strip().lower() for name in answer.headers["Access-Control-Allow-Headers"].split(",")}
-    assert {name.lower() for name in darwin_cors.ASKED_WITH} <= told
+    assert {name.lower() for name in cors.ASKED_WITH} <= told
     assert "Access-Control-Allow-Credentials" not in answer.headers
 
 

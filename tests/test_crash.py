@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import darwin_cache
-from darwin_cache import Cache
-from darwin_manifest import File, Manifest
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.manifest import File, Manifest
 from tests import killing
 from tests.apiserver import ApiServer, pod
 from tests.conftest import Tracking
@@ -171,7 +171,7 @@ def filled(place: Path) -> Cache:
         content = key.encode()
         files = []
         for name in ("MLmodel", "deep/weights"):
-            path = darwin_cache.model_of(staging) / name
+            path = cache_module.model_of(staging) / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
             files.append(File(name, len(content), hashlib.sha256(content).hexdigest()))

@@ -25,11 +25,11 @@ import yaml
 from packaging.requirements import Requirement
 
 import cleanup
-import darwin_model
 import darwin_serve
-import darwin_transfer
 import download
-from darwin_env import Reader
+from darwin_runtime.model import model as model_module
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import transfer
 from image import wheelhouse
 from tests.conftest import ROOT
 from tests.settings import read_by
@@ -42,6 +42,8 @@ SERVING = ["emptydir.yaml", "pvc.yaml"]
 
 # A role by the script that its container runs; the image's default is the main container's.
 ROLES = {"/app/download.py": "init", "/app/cleanup.py": "cleanup"}
+
+TOP = ["cleanup.py", "darwin_serve.py", "download.py", "k8s_client.py"]
 
 Manifest = dict[str, Any]
 
@@ -350,7 +352,7 @@ def routes() -> set[str]:
     """What can be asked of the server with GET."""
     return {
         str(node.elts[1].value)
-        for node in ast.walk(ast.parse((ROOT / "darwin_app.py").read_text()))
+        for node in ast.walk(ast.parse((ROOT / "darwin_runtime/http/app.py").read_text()))
         if isinstance(node, ast.Tuple)
         and len(node.elts) > 1
         and isinstance(node.elts[0], ast.Constant)
@@ -399,7 +401,7 @@ def test_a_prediction_under_way_can_end(file: str) -> None:
 def test_a_rollout_fails_only_when_a_pod_has(file: str) -> None:
     probe = serving(file)[1]["startupProbe"]
     deadline = manifest(file, "Deployment")["spec"]["progressDeadlineSeconds"]
-    assert deadline > darwin_transfer.TIMEOUT_SECONDS + probe["periodSeconds"] * probe["failureThreshold"]
+    assert deadline > transfer.TIMEOUT_SECONDS + probe["periodSeconds"] * probe["failureThreshold"]
 
 
 @pytest.mark.parametrize("container", EVERY_CONTAINER)
@@ -759,20 +761,24 @@ def ignored(path: str) -> bool:
             continue
         pattern = PurePosixPath(line.removeprefix("!")).parts
         parts = PurePosixPath(path).parts
-        if len(parts) >= len(pattern) and all(map(fnmatch.fnmatch, parts, pattern)):
+        anywhere = pattern[0] == "**" and any(fnmatch.fnmatch(part, pattern[1]) for part in parts)
+        if anywhere or (len(parts) >= len(pattern) and all(map(fnmatch.fnmatch, parts, pattern))):
             verdict = not line.startswith("!")
     return verdict
 
 
 def test_every_module_is_copied_into_the_image() -> None:
     build, final = stages()
-    flat = [copied.split() for copied in of(build, "COPY") if copied.endswith(" /app/")]
-    patterns = [pattern for *sources, _ in flat for pattern in sources]
-    modules = [path.name for path in ROOT.glob("*.py")]
-    assert "darwin_serve.py" in modules
+    copied = of(build, "COPY")
+    assert {"*.py /app/", "darwin_runtime/ /app/darwin_runtime/"} <= set(copied)
+    assert sorted(path.name for path in ROOT.glob("*.py")) == sorted(TOP)
+    modules = [
+        *TOP,
+        *(str(path.relative_to(ROOT)) for path in ROOT.glob("darwin_runtime/**/*") if path.suffix != ".pyc"),
+    ]
+    assert "darwin_runtime/http/page.html" in modules
     for module in modules:
-        assert any(fnmatch.fnmatch(module, pattern) for pattern in patterns), module
-        assert not ignored(module), module
+        assert module.endswith("__pycache__") or not ignored(module), module
     assert "--from=build /app /app" in of(final, "COPY")
 
 
@@ -791,7 +797,7 @@ def test_nothing_but_the_sources_goes_to_the_builder() -> None:
         *("tests/conftest.py", "tests/__init__.py", ".git/config", ".git/HEAD", ".venv/bin/python", ".venv/ready"),
         *("examples/log_iris.py", "deploy/pvc.yaml", "Makefile", ".run/mlflow.db", "requirements/dev.txt"),
         *("image/report.py", "image/__init__.py", "build/base.tar"),
-        *("darwin_env.pyc", "__pycache__/darwin_env.cpython-311.pyc", ".env", "Dockerfile"),
+        *("cleanup.pyc", "darwin_runtime/http/__pycache__/app.cpython-311.pyc", ".env", "Dockerfile"),
     ):
         assert ignored(path), path
     for lock in ("runtime", *flavors()):
@@ -901,7 +907,7 @@ def test_every_flavor_has_its_lock() -> None:
     assert sorted(path.stem for path in REQUIREMENTS.glob("*.txt")) == sorted(["dev", "runtime", "sbom", *flavors()])
     assert {"sklearn", "lightgbm", "xgboost", "catboost"} == set(default_flavors())
     # What the log tells to build with when a library is missing.
-    assert set(darwin_model.FLAVORS.values()) == set(flavors())
+    assert set(model_module.FLAVORS.values()) == set(flavors())
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])

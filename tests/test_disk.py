@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import darwin_cache
-import darwin_disk
-from darwin_cache import Cache
-from darwin_manifest import File, Manifest
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import disk
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.manifest import File, Manifest
 from tests import test_transfer
 from tests.apiserver import ApiServer
 from tests.conftest import ROOT, Finished, absent, clean_environ, program, run_role
@@ -31,8 +31,9 @@ NOBODY = 65534
 
 # All is imported first: the libraries may lie where only root may look.
 _AS_NOBODY = f"""
-import os, pathlib, sys, cleanup, darwin_mlflow, download
-darwin_mlflow.prepare()
+import os, pathlib, sys, cleanup, download
+from darwin_runtime import mlflow_import
+mlflow_import.prepare()
 from mlflow.store.artifact import local_artifact_repo, models_artifact_repo, http_artifact_repo
 os.setgid({NOBODY}); os.setuid({NOBODY})
 """
@@ -96,7 +97,7 @@ def download(model: Path, cache: Path, output: Path, **settings: object) -> Fini
 def publish(cache: Cache, key: str, size: int) -> None:
     content = os.urandom(size)
     staging = cache.stage(key)
-    (darwin_cache.model_of(staging) / "MLmodel").write_bytes(content)
+    (cache_module.model_of(staging) / "MLmodel").write_bytes(content)
     file = File("MLmodel", size, hashlib.sha256(content).hexdigest())
     cache.publish(staging, key, Manifest("models:/m/1", {}, [file]))
     os.utime(cache.root / key / "last_used", (0, 0))
@@ -127,7 +128,7 @@ def test_a_volume_that_fills_up(strategy: str, few_files: Path, model: Path, tmp
     assert not (models / "MLmodel").exists()
     for cache in few_files.glob("cache"):
         assert not list((cache / ".staging").iterdir()), "others need the room"
-        assert not [name for name in os.listdir(cache) if darwin_cache.is_key(name)]
+        assert not [name for name in os.listdir(cache) if cache_module.is_key(name)]
 
     subprocess.run(["mount", "-o", "remount,nr_inodes=1000", few_files], check=True)
     done = download(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
@@ -194,7 +195,7 @@ def test_a_read_only_volume_is_told(small: Path, model: Path, api: ApiServer, tm
         assert "mounted read-only" in cleaned.last
         assert cache.has(KEY)
         listed = subprocess.run(
-            [sys.executable, "-m", "darwin_cache", "--cache", volume / "cache", "list"],
+            [sys.executable, "-m", "darwin_runtime", "cache", "--cache", volume / "cache", "list"],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -262,7 +263,7 @@ def test_nothing_outside_is_touched(tmp_path: Path, model: Path, api: ApiServer)
     cache = Cache.prepare(tmp_path / "cache")
     done = download(model, cache.root, tmp_path / "models")
     assert done.code == 0, done.err
-    [key] = [name for name in os.listdir(cache.root) if darwin_cache.is_key(name)]
+    [key] = [name for name in os.listdir(cache.root) if cache_module.is_key(name)]
     cache.discard(cache.root / key)
 
     (cache.root / OTHER).symlink_to(outside)
@@ -297,8 +298,8 @@ def test_many_files_are_deleted_in_little_memory(tmp_path: Path) -> None:
         for number in range(10_000):
             os.close(os.open(inside / f"file-{number:0100}", os.O_CREAT))
     script = (
-        "import resource, sys; from pathlib import Path; import darwin_disk; "
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; darwin_disk.remove_tree(Path(sys.argv[1])); "
+        "import resource, sys; from pathlib import Path; from darwin_runtime.storage import disk; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; disk.remove_tree(Path(sys.argv[1])); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run([sys.executable, "-c", script, tree], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -312,7 +313,7 @@ def test_two_delete_the_same(tmp_path: Path) -> None:
         (tree / str(directory)).mkdir(parents=True)
         for number in range(100):
             (tree / str(directory) / str(number)).touch()
-    script = "import sys; from pathlib import Path; import darwin_disk; darwin_disk.remove_tree(Path(sys.argv[1]))"
+    script = "import sys, pathlib; from darwin_runtime.storage import disk; disk.remove_tree(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", script, str(tree)]
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for one in both:
@@ -329,4 +330,4 @@ def test_an_error_says_what_to_do() -> None:
         errno.EACCES: "fsGroup",
         errno.EIO: "Input/output",
     }.items():
-        assert words in darwin_disk.explain(OSError(code, os.strerror(code), "/model-cache/x"))
+        assert words in disk.explain(OSError(code, os.strerror(code), "/model-cache/x"))

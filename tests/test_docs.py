@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.settings import read_by
 
 README = (ROOT / "README.md").read_text()
-MODULES = sorted(path for path in ROOT.glob("*.py"))
+MODULES = sorted((*ROOT.glob("*.py"), *ROOT.glob("darwin_runtime/**/*.py")))
 
 SECTIONS = {"main": "Main container", "init": "Init container", "cleanup": "Cache CronJob", "every": "Every role"}
 

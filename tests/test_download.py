@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-import darwin_cache
-import darwin_manifest
-import darwin_output
-from darwin_cache import Cache
-from darwin_manifest import Manifest
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import manifest as manifest_module
+from darwin_runtime.storage import output
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.manifest import Manifest
 from download import _Look
 from tests import prepared, proxy
 from tests.conftest import ROOT, Finished, Tracking, clean_environ, free_port, run_role, wait_until
@@ -51,7 +51,7 @@ def download(tmp_path: Path, uri: str, tracking: Tracking | None = None, /, **se
 
 
 def keys(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir() if darwin_cache.is_key(path.name) and not path.is_symlink())
+    return sorted(path.name for path in cache.iterdir() if cache_module.is_key(path.name) and not path.is_symlink())
 
 
 def whole(model: Path, manifest: Manifest) -> bool:
@@ -539,8 +539,8 @@ def test_a_damaged_entry_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def publish() -> None:
         staging = cache.stage(key)
-        (darwin_cache.model_of(staging) / "MLmodel").write_text("flavors: {}")
-        file = darwin_manifest.File("MLmodel", 11, hashlib.sha256(b"flavors: {}").hexdigest())
+        (cache_module.model_of(staging) / "MLmodel").write_text("flavors: {}")
+        file = manifest_module.File("MLmodel", 11, hashlib.sha256(b"flavors: {}").hexdigest())
         cache.publish(staging, key, Manifest("models:/m/1", {}, [file]), "sha256")
 
     read: list[Path] = []
@@ -549,7 +549,7 @@ def test_a_damaged_entry_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
         read.append(path)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(darwin_manifest, "digest", digest)
+    monkeypatch.setattr(manifest_module, "digest", digest)
     look = _Look(cache, key, "sha256")
     assert not look()
     publish()
@@ -618,14 +618,14 @@ def test_a_half_filled_output_converges(local_model: Path, tmp_path: Path) -> No
     (models / "extra").mkdir(parents=True)
     (models / "extra" / "big").write_bytes(b"half")
     (models / "lost+found").mkdir()
-    (models / darwin_output.STAGING).mkdir()
-    (models / darwin_output.STAGING / "model").mkdir()
-    (models / darwin_output.STAGING / "model" / "model.skops").write_bytes(b"half")
+    (models / output.STAGING).mkdir()
+    (models / output.STAGING / "model").mkdir()
+    (models / output.STAGING / "model" / "model.skops").write_bytes(b"half")
     assert download(tmp_path, str(local_model)).code == 0
     assert coefficient(models) == 3
     assert (models / "extra" / "big").stat().st_size == 3_000_000
     assert (models / "lost+found").exists(), "what is not ours stays"
-    assert not (models / darwin_output.STAGING).exists()
+    assert not (models / output.STAGING).exists()
 
 
 def test_another_model_leaves_nothing_of_the_first(

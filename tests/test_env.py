@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from darwin_env import ConfigError, Reader
+from darwin_runtime.settings import ConfigError, Reader
 
 
 def test_empty_is_unset() -> None:

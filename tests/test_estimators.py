@@ -17,10 +17,10 @@ import sklearn.utils
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
-import darwin_fast
-import darwin_model
-from darwin_app import Service, make_app
-from darwin_batching import Limits
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.model import fast_path
+from darwin_runtime.model import model as model_module
 from tests.models import load_pyfunc, save_estimator
 from tests.servers import in_thread
 
@@ -104,10 +104,10 @@ def test_estimator(service: tuple[Service, str], tmp_path: Path, kind: str, name
     model.fit(features, target(TARGETS.get(name, kind), features))
     path = save_estimator(model, tmp_path / "model", features)
 
-    loaded = darwin_model.load(path)
+    loaded = model_module.load(path)
     rows = loaded.plan.split(None, features.to_numpy().tolist())
     quick = loaded.proven(loaded.plan.split(None, features.head(3).to_numpy().tolist()), budget=30)
-    assert darwin_fast.same(quick.predict(rows), loaded.predict(rows))
+    assert fast_path.same(quick.predict(rows), loaded.predict(rows))
     service[0].use(loaded)
     expected = json.loads(json.dumps(np.asarray(load_pyfunc(path).predict(features)).tolist()))
     body = {"dataframe_split": features.to_dict("split")}

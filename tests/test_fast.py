@@ -41,13 +41,13 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
-import darwin_fast
-import darwin_mlflow
-import darwin_model
-import darwin_protocols as protocols
-from darwin_arrays import Unproven
-from darwin_cells import InputError
-from darwin_model import Model, PredictionFailed, Refused
+from darwin_runtime import mlflow_import
+from darwin_runtime.model import fast_path
+from darwin_runtime.model import model as model_module
+from darwin_runtime.model.model import Model, PredictionFailed, Refused
+from darwin_runtime.model.native import Unproven
+from darwin_runtime.protocols import base as protocols
+from darwin_runtime.schema.datatypes import InputError
 from tests.models import REQUIREMENTS, model_path, save
 
 with warnings.catch_warnings():
@@ -97,7 +97,7 @@ def loaded(model: Any, features: Any = TABLE, flavor: str = "sklearn", **options
         options["input_example"] = features[:5]
     save_model = importlib.import_module(f"mlflow.{flavor}").save_model
     path = Path(tempfile.mkdtemp(dir=_directory)) / "model"
-    return darwin_model.load(save(lambda at: save_model(model, at, **options, **REQUIREMENTS), path))
+    return model_module.load(save(lambda at: save_model(model, at, **options, **REQUIREMENTS), path))
 
 
 def proven(model: Model, *, fast: bool = True) -> Model:
@@ -110,7 +110,7 @@ def proven(model: Model, *, fast: bool = True) -> Model:
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     # load() sets these for good; another test may want MLflow's defaults.
-    for name, value in (darwin_mlflow.DEFAULTS | darwin_model.SERVING).items():
+    for name, value in (mlflow_import.DEFAULTS | model_module.SERVING).items():
         monkeypatch.setenv(name, value)
 
 
@@ -137,7 +137,7 @@ def assert_answers_as_pyfunc(model: Model, quick: Model, features: Any, *, answe
                     outcomes.append(each.predict(rows))
                 except (PredictionFailed, Refused) as error:
                     outcomes.append((type(error), str(error)))
-        assert darwin_fast.same(*outcomes), (batch, outcomes)
+        assert fast_path.same(*outcomes), (batch, outcomes)
     if answered:
         assert quick.path.arrays
         quick.path.arrays(model.plan.split(None, cells))
@@ -325,10 +325,10 @@ def test_numbers_of_several_types() -> None:
         names = [column.key for column in model.plan.columns]  # type: ignore[union-attr]
         cells = [dict(zip(names, row, strict=True)) for row in values(table[names].astype(object), slice(0, 9))]
         rows = model.plan.records(cells)
-        assert darwin_fast.same(quick.predict(rows), model.predict(rows))
+        assert fast_path.same(quick.predict(rows), model.predict(rows))
         quick.path.arrays(rows)
     rows = model.plan.records([{"n": 2**62 + 1}])
-    assert darwin_fast.same(quick.predict(rows), model.predict(rows))
+    assert fast_path.same(quick.predict(rows), model.predict(rows))
 
 
 def test_integers_that_are_no_floats_go_through_tables() -> None:
@@ -340,7 +340,7 @@ def test_integers_that_are_no_floats_go_through_tables() -> None:
     large = model.plan.records([{"n": 2**54 + 1, "x": 0.5}])
     with pytest.raises(Unproven):
         quick.path.arrays(large)
-    assert darwin_fast.same(quick.predict(large), model.predict(large))
+    assert fast_path.same(quick.predict(large), model.predict(large))
 
 
 def test_a_tensor_that_is_a_table() -> None:
@@ -358,7 +358,7 @@ def test_optional_columns_may_be_absent() -> None:
     quick = proven(model)
     assert quick.path.arrays
     full, absent = (model.plan.records([row]) for row in (dict.fromkeys(NAMES, 0.5), {"a": 0.5}))
-    assert darwin_fast.same(quick.predict(full), model.predict(full))
+    assert fast_path.same(quick.predict(full), model.predict(full))
     with pytest.raises(Refused, match="feature names") as expected:
         model.predict(absent)
     with pytest.raises(Refused) as found:
@@ -389,7 +389,7 @@ def test_without_an_example() -> None:
 
 
 def test_without_a_signature_nothing_is_known_of_the_rows() -> None:
-    quick = not_on_arrays(darwin_model.load(model_path("no_signature")), "it has no signature")
+    quick = not_on_arrays(model_module.load(model_path("no_signature")), "it has no signature")
     assert not quick.batchable
     rows = quick.plan.features([[5.1, 3.5, 1.4, 0.2]])
     assert quick.predict(rows).tolist() == [0]
@@ -404,7 +404,7 @@ def test_params_are_enforced_and_have_their_defaults() -> None:
     assert not quick.batchable
     rows = model.plan.split(None, values(TABLE, slice(0, 5)))
     for given in ({}, {"output_margin": True}):
-        assert darwin_fast.same(quick.predict(rows, given), model.predict(rows, given))
+        assert fast_path.same(quick.predict(rows, given), model.predict(rows, given))
     with pytest.raises(Refused, match="Invalid parameters") as caught:
         quick.predict(rows, {"output_margin": "no"})
     assert caught.value.by_schema
@@ -420,7 +420,7 @@ def test_defaults_of_params_count() -> None:
 
 @pytest.mark.parametrize("name", ["typed", "optional", "params", "tensors", "any_length", "untyped", "one_column"])
 def test_any_flavor_may_do_without_the_check_of_the_schema(name: str) -> None:
-    quick = proven(darwin_model.load(model_path(name)))
+    quick = proven(model_module.load(model_path(name)))
     assert without_check(quick)
     assert quick.path.arrays is None
     assert not quick.batchable
@@ -431,12 +431,12 @@ def test_any_flavor_may_do_without_the_check_of_the_schema(name: str) -> None:
     ("name", "why"), [("nested", "is of array of double"), ("words", "tensors of text"), ("hinted", "type hints")]
 )
 def test_where_mlflow_has_a_say_its_check_stays(name: str, why: str) -> None:
-    quick = not_on_arrays(proven(darwin_model.load(model_path(name))), why)
+    quick = not_on_arrays(proven(model_module.load(model_path(name))), why)
     assert not without_check(quick)
 
 
 def test_params_of_python_models() -> None:
-    model = darwin_model.load(model_path("params"))
+    model = model_module.load(model_path("params"))
     quick = proven(model)
     rows = model.plan.records([{"a": 1, "b": 2}])
     for given in ({}, {"factor": 3, "weights": [1], "since": "2025-01-01"}):
@@ -463,7 +463,7 @@ def test_what_is_the_same() -> None:
     table = pd.DataFrame({"a": [1.0, np.nan], "b": ["x", None]})
     alike: list[Any] = [1, "a", None, np.array([np.nan, -0.0]), [1, {"a": np.array(["x"], object)}], table, table["b"]]
     for value in alike:
-        assert darwin_fast.same(value, value)
+        assert fast_path.same(value, value)
     for one, other in [
         (1, 1.0),
         (np.array([0.0]), np.array([-0.0])),
@@ -478,19 +478,19 @@ def test_what_is_the_same() -> None:
         (table, table.assign(a=[1.0, 2.0])),
         (table["a"], table["a"].astype(np.float32)),
     ]:
-        assert not darwin_fast.same(one, other)
+        assert not fast_path.same(one, other)
 
 
 def test_what_is_made_of_an_answer_for_each_row() -> None:
     table = pd.DataFrame({"a": [1.0, 2.0, np.nan], "b": ["x", "y", "z"]})
     for whole in (table, table["a"], table["a"].to_numpy(), table["b"].to_numpy(), [1, 2.5, "x"], np.eye(3)):
         parts = [whole.iloc[i : i + 1] if hasattr(whole, "iloc") else whole[i : i + 1] for i in range(3)]
-        assert darwin_fast._splits_into(whole, parts)
-        assert not darwin_fast._splits_into(whole, parts[:2])
-        assert not darwin_fast._splits_into(whole, parts[::-1])
+        assert fast_path._splits_into(whole, parts)
+        assert not fast_path._splits_into(whole, parts[:2])
+        assert not fast_path._splits_into(whole, parts[::-1])
     large = np.array([[1e9, 1.0], [1.0, 1e-9]])
     for near, close in [([1.5, 1.5e-9], True), ([1.0, 3e-9], False), ([3.0, 1e-9], False)]:
-        assert darwin_fast._splits_into(large, [large[:1], np.array([near])]) is close
+        assert fast_path._splits_into(large, [large[:1], np.array([near])]) is close
     for whole, part in [
         (np.array(["x", "long"]), np.array(["x"])),
         (np.array([1.0]), np.array([1])),
@@ -499,7 +499,7 @@ def test_what_is_made_of_an_answer_for_each_row() -> None:
         (table[:1], table[["a"]][:1]),
         ({"a": 1}, {"a": 1}),
     ]:
-        assert not darwin_fast._splits_into(whole, [part] * len(whole))
+        assert not fast_path._splits_into(whole, [part] * len(whole))
 
 
 def test_times_and_bytes_beside_numbers() -> None:
@@ -513,7 +513,7 @@ def test_times_and_bytes_beside_numbers() -> None:
     assert quick.batchable
     row = dict.fromkeys(NAMES, 0.5) | {"when": "2024-01-01", "blob": "AP8="}
     rows = model.plan.records([row, row])
-    assert darwin_fast.same(quick.predict(rows), model.predict(rows))
+    assert fast_path.same(quick.predict(rows), model.predict(rows))
 
 
 @pytest.mark.parametrize("estimator", [LogisticRegression(max_iter=1000), RandomForestClassifier(5)])

@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-import darwin_features
-from darwin_batching import Limits
-from darwin_features import FeatureStore
-from darwin_protocols import StoreFailed
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.protocols import feature_store
+from darwin_runtime.protocols.base import StoreFailed
+from darwin_runtime.protocols.feature_store import FeatureStore
 from tests.models import IRIS, model_path
 from tests.servers import in_thread, serving, switching
 from tests.test_http import PARENT
@@ -99,7 +99,7 @@ def store(running: tuple[Store, str]) -> Iterator[Store]:
 
 @pytest.fixture
 def predict(running: tuple[Store, str], store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(darwin_features, "TIMEOUT_SECONDS", (1.0, 0.3))
+    monkeypatch.setattr(feature_store, "TIMEOUT_SECONDS", (1.0, 0.3))
     url = running[1]
     features = FeatureStore(f"{url}/store/", f"{url}/admin/v1")
     with switching(store=features) as switch:
@@ -246,7 +246,7 @@ def test_the_role_with_a_store(running: tuple[Store, str], store: Store) -> None
 def test_a_store_that_takes_too_long_holds_nobody_up(
     running: tuple[Store, str], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(darwin_features, "LOOKUPS", 1)
+    monkeypatch.setattr(feature_store, "LOOKUPS", 1)
     store.fault = ("schema", "slow")
     url = running[1]
     features = FeatureStore(f"{url}/store", f"{url}/admin/v1")
@@ -265,7 +265,7 @@ def test_an_answer_that_trickles_or_never_ends(monkeypatch: pytest.MonkeyPatch) 
             await send({"type": "http.response.body", "body": b" ", "more_body": True})
             await asyncio.sleep(0.01)
 
-    monkeypatch.setattr(darwin_features, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(feature_store, "ANSWER_SECONDS", 0.1)
     with in_thread(trickle) as url, pytest.raises(StoreFailed, match="did not answer in time") as caught:
         FeatureStore(url, url).features("flowers", KEYS, {})
     assert caught.value.status == 504

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import darwin_fetch
-from darwin_env import Reader
-from darwin_fetch import RemoteFile, Retry, Source, Unreachable
-from darwin_log import RoleError
+from darwin_runtime.logs import RoleError
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import resolve
+from darwin_runtime.storage.resolve import RemoteFile, Retry, Source, Unreachable
 from tests.apiserver import ApiServer
 from tests.conftest import free_port, http_server
 
@@ -62,7 +62,7 @@ def test_statuses(
     with answering(status, *body) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
         with pytest.raises(RoleError) as caught:
-            darwin_fetch.resolve(uri)
+            resolve.resolve(uri)
     assert isinstance(caught.value, Unreachable) is passing, caught.value
     assert uri in str(caught.value)
 
@@ -72,7 +72,7 @@ def test_a_gateway_s_own_statuses(status: int, monkeypatch: pytest.MonkeyPatch) 
     with answering(status, *HTML) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
         with pytest.raises(Unreachable):
-            darwin_fetch.resolve("models:/m/1")
+            resolve.resolve("models:/m/1")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_s3_says_no(code: str, word: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-key-of-some-length")
         with pytest.raises(RoleError, match=word) as caught:
-            darwin_fetch.resolve("s3://bucket/model")
+            resolve.resolve("s3://bucket/model")
     assert not isinstance(caught.value, Unreachable)
 
 
@@ -102,21 +102,21 @@ def test_s3_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-key-of-some-length")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(Unreachable):
-        darwin_fetch.resolve("s3://bucket/other-model")
+        resolve.resolve("s3://bucket/other-model")
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(Unreachable, match=f"{uri} .*Connection refused"):
-        darwin_fetch.resolve("models:/m/1")
+        resolve.resolve("models:/m/1")
 
 
 def test_an_untrusted_certificate_is_no_passing_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ApiServer(tmp_path / "serviceaccount") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
         with pytest.raises(RoleError, match="REQUESTS_CA_BUNDLE") as caught:
-            darwin_fetch.resolve("models:/m/1")
+            resolve.resolve("models:/m/1")
     assert not isinstance(caught.value, Unreachable)
 
 
@@ -125,13 +125,13 @@ def test_a_refused_host_name_is_told_from_a_missing_right(monkeypatch: pytest.Mo
     with answering(403, body, "text/plain") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
         with pytest.raises(RoleError, match="--allowed-hosts"):
-            darwin_fetch.resolve("models:/m/1")
+            resolve.resolve("models:/m/1")
 
 
 @pytest.mark.parametrize("uri", ["mlflow:5000", "127.0.0.1:9", "host.name:80/prefix"])
 def test_a_tracking_uri_without_a_scheme_is_a_bad_setting(uri: str) -> None:
     read = Reader({"MLFLOW_TRACKING_URI": uri})
-    darwin_fetch.check_access(read, "MODEL_URI", "models:/m/1")
+    resolve.check_access(read, "MODEL_URI", "models:/m/1")
     [problem] = read.problems
     assert f"MLFLOW_TRACKING_URI=http://{uri}" in problem
 
@@ -139,26 +139,26 @@ def test_a_tracking_uri_without_a_scheme_is_a_bad_setting(uri: str) -> None:
 @pytest.mark.parametrize("uri", ["http://mlflow:5000", "https://h/p", "sqlite:////tmp/x.db", "databricks", "/mlruns"])
 def test_other_tracking_uris_are_mlflows_to_judge(uri: str) -> None:
     read = Reader({"MLFLOW_TRACKING_URI": uri})
-    darwin_fetch.check_access(read, "MODEL_URI", "models:/m/1")
+    resolve.check_access(read, "MODEL_URI", "models:/m/1")
     assert read.problems == []
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(RoleError, match="nothing is there"):
-        darwin_fetch.resolve(str(tmp_path / "absent"))
+        resolve.resolve(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x/y", "ftp://127.0.0.1:1/x"])
 def test_unknown_stores(uri: str) -> None:
     with pytest.raises(RoleError):
-        darwin_fetch.resolve(uri)
+        resolve.resolve(uri)
 
 
 def test_a_bad_knob_of_mlflow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "abc")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(RoleError, match="MLFLOW_HTTP_REQUEST_MAX_RETRIES") as caught:
-        darwin_fetch.resolve("models:/m/1")
+        resolve.resolve("models:/m/1")
     assert not isinstance(caught.value, Unreachable)
 
 
@@ -247,10 +247,10 @@ def test_waiting_grows_and_is_bounded() -> None:
 
 def test_the_identity_holds_no_credentials(tmp_path: Path) -> None:
     (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {}}))
-    source = darwin_fetch.resolve(str(tmp_path))
+    source = resolve.resolve(str(tmp_path))
     assert set(source.identity) == {"uri", "mlmodel"}
     (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {}, "other": 1}))
-    assert darwin_fetch.resolve(str(tmp_path)).identity["mlmodel"] != source.identity["mlmodel"]
+    assert resolve.resolve(str(tmp_path)).identity["mlmodel"] != source.identity["mlmodel"]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -259,7 +259,7 @@ def test_the_root_is_listed_at_once_and_the_rest_on_demand(depth: int, tmp_path:
     deep.mkdir(parents=True, exist_ok=True)
     (tmp_path / "MLmodel").write_text("flavors: {}")
     (deep / "weights").write_bytes(b"12345")
-    source = darwin_fetch.resolve(str(tmp_path))
+    source = resolve.resolve(str(tmp_path))
     assert set(source.listing) == {("MLmodel", 11), ("weights", 5) if not depth else ("a/", None)}
     files = {file.path: file.size for file in source.files()}
     assert files == {"MLmodel": 11, "/".join([*"abc"[:depth], "weights"]): 5}
@@ -269,4 +269,4 @@ def test_a_model_further_down_is_pointed_at(tmp_path: Path) -> None:
     (tmp_path / "a" / "model").mkdir(parents=True)
     (tmp_path / "a" / "model" / "MLmodel").touch()
     with pytest.raises(RoleError, match=f"no MLmodel among its 1 files; .* ask for {tmp_path}/a/model"):
-        darwin_fetch.resolve(str(tmp_path))
+        resolve.resolve(str(tmp_path))

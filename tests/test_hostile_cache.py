@@ -16,15 +16,14 @@ from typing import Any
 
 import pytest
 
-import darwin_cache
-import darwin_disk
-import darwin_inspect
-import darwin_manifest
-import darwin_output
-import darwin_startup
-from darwin_cache import Cache
-from darwin_log import RoleError
-from darwin_manifest import File, Manifest
+from darwin_runtime import __main__ as command
+from darwin_runtime.logs import RoleError
+from darwin_runtime.model import self_test
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import disk, output
+from darwin_runtime.storage import manifest as manifest_module
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.manifest import File, Manifest
 from tests.apiserver import ApiServer, pod
 from tests.conftest import Finished, run_role
 from tests.models import model_path
@@ -43,7 +42,7 @@ def outside(tmp_path: Path) -> Iterator[Path]:
         (directory / name).chmod(0o600)
 
     def seen() -> dict[str, tuple[Any, ...]]:
-        return {str(path): darwin_disk.identity(path.lstat()) for path in [directory, *darwin_disk.below(directory)]}
+        return {str(path): disk.identity(path.lstat()) for path in [directory, *disk.below(directory)]}
 
     before = seen()
     yield directory
@@ -66,7 +65,7 @@ def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def key(downloaded: Path) -> str:
-    [found] = [name for name in os.listdir(downloaded) if darwin_cache.is_key(name)]
+    [found] = [name for name in os.listdir(downloaded) if cache_module.is_key(name)]
     return found
 
 
@@ -187,7 +186,7 @@ def test_an_entry_whose_manifest_lies_is_not_served(what: str, cache: Cache) -> 
     assert cache.damage(KEY, "sha256")
     assert bool(cache.damage(KEY, "size")) == (what != "a digest")
     with pytest.raises(RoleError, match="the model is damaged"):
-        darwin_startup.check_whole(path / "model", "sha256")
+        self_test.check_whole(path / "model", "sha256")
     known, strange = cache.entries(cache.now())
     assert [entry.key for entry in known] + strange == [KEY]
 
@@ -196,7 +195,7 @@ def test_an_entry_that_lost_its_manifest_is_not_served(cache: Cache) -> None:
     path = entry(cache, WHOLE)
     (path / "manifest.json").unlink()
     with pytest.raises(RoleError, match=r"the model is damaged: .*manifest\.json"):
-        darwin_startup.check_whole(path / "model")
+        self_test.check_whole(path / "model")
 
 
 def test_a_model_that_others_put_into_the_cache_is_served(cache: Cache) -> None:
@@ -204,7 +203,7 @@ def test_a_model_that_others_put_into_the_cache_is_served(cache: Cache) -> None:
     model = cache.root / ("c" * 64) / "model"
     model.mkdir(parents=True)
     (model / "MLmodel").write_text("flavors: {}")
-    darwin_startup.check_whole(model, "sha256")
+    self_test.check_whole(model, "sha256")
 
 
 def test_what_the_manifest_does_not_have_is_damage_where_bytes_are_looked_at(cache: Cache) -> None:
@@ -213,7 +212,7 @@ def test_what_the_manifest_does_not_have_is_damage_where_bytes_are_looked_at(cac
     assert cache.damage(KEY, "size") == []
     assert cache.damage(KEY, "sha256") == [f"{path}/model/code/json.py: not in the manifest"]
     with pytest.raises(RoleError, match=r"json\.py: not in the manifest"):
-        darwin_startup.check_whole(path / "model", "sha256")
+        self_test.check_whole(path / "model", "sha256")
 
 
 def test_a_lying_manifest_writes_nothing_elsewhere(cached: Path, outside: Path, tmp_path: Path) -> None:
@@ -252,14 +251,14 @@ def test_a_link_for_a_model_or_a_file_is_damage(cached: Path, tmp_path: Path) ->
     elsewhere = shutil.copytree(cached / "model", tmp_path / "elsewhere")
     for place in ("model", "model/MLmodel", "model/model.skops"):
         planted = cached / place
-        darwin_disk.remove_tree(planted)
+        disk.remove_tree(planted)
         planted.symlink_to(elsewhere / Path(place).relative_to("model"))
         for verify in ("size", "sha256"):
             assert Cache(tmp_path / "cache").damage(cached.name, verify)
         done = download(tmp_path)
         assert done.code == 0, done.err
         assert "is damaged" in done.err
-        assert not [path for path in darwin_disk.below(cached) if path.is_symlink()]
+        assert not [path for path in disk.below(cached) if path.is_symlink()]
     (cached / "model" / "code").symlink_to(elsewhere)
     assert Cache(tmp_path / "cache").damage(cached.name, "sha256")
 
@@ -333,7 +332,7 @@ def test_nothing_planted_hangs_a_role_or_leads_it_astray(
 def test_whatever_is_in_a_lock_or_a_ref_is_survived(text: bytes, cache: Cache) -> None:
     (cache.root / ".locks" / KEY).write_bytes(text)
     holder = cache.try_lock(KEY, "me")
-    assert isinstance(holder, darwin_cache.Holder)
+    assert isinstance(holder, cache_module.Holder)
     assert holder.owner.isprintable()
     assert len(holder.owner) <= 500
     import download
@@ -381,7 +380,7 @@ def test_a_tree_without_a_bottom(cache: Cache, api: ApiServer) -> None:
 
 def test_a_part_is_not_written_through_a_link(outside: Path, tmp_path: Path) -> None:
     """Planted after the part's name is known, before it is opened."""
-    from darwin_transfer import _Part
+    from darwin_runtime.storage.transfer import _Part
 
     part = _Part(tmp_path, "model.pkl")
     part.path.symlink_to(outside / "file")
@@ -398,7 +397,7 @@ def test_a_part_is_not_written_through_a_link(outside: Path, tmp_path: Path) -> 
 
 def change(path: Path, how: str) -> Callable[[Any], Any]:
     """Have `path` changed when the first piece of it has been read."""
-    real = darwin_disk.open_regular
+    real = disk.open_regular
 
     def opened(file: Path) -> Any:
         found = real(file)
@@ -441,11 +440,11 @@ class _Wrapped:
 @pytest.mark.parametrize("how", ["grows", "shrinks", "other bytes"])
 def test_a_file_that_changes_while_it_is_read_is_told(how: str, tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "weights"
-    for read in (darwin_manifest.digest, lambda path: darwin_manifest.copy(path, tmp_path / "copy")):
+    for read in (manifest_module.digest, lambda path: manifest_module.copy(path, tmp_path / "copy")):
         file.write_bytes(bytes(3 << 20))
         with monkeypatch.context() as patch:
-            patch.setattr(darwin_disk, "open_regular", change(file, how))
-            with pytest.raises(darwin_disk.Changed, match="changed while it was read"):
+            patch.setattr(disk, "open_regular", change(file, how))
+            with pytest.raises(disk.Changed, match="changed while it was read"):
                 read(file)
 
 
@@ -455,7 +454,7 @@ def test_a_copy_of_other_bytes_is_not_placed(cache: Cache, tmp_path: Path) -> No
     (path / "model" / "code" / "x.py").write_bytes(b"exit")
     (tmp_path / "models").mkdir()
     with pytest.raises(RoleError, match=r"not placed, .*x\.py: not the bytes that were downloaded"):
-        darwin_output.copy(path / "model", tmp_path / "models", KEY, cache.manifest(KEY))
+        output.copy(path / "model", tmp_path / "models", KEY, cache.manifest(KEY))
     assert not (tmp_path / "models" / "MLmodel").exists()
 
 
@@ -466,7 +465,7 @@ def test_a_terminal_is_shown_no_commands(cache: Cache, capsys: pytest.CaptureFix
     path = entry(cache, WHOLE)
     lie(path, lambda manifest: manifest.update(model_uri="\x1b[2Jmodels:/x\n" + "y" * 10))
     (cache.root / "\x1b[2Jstrange").mkdir()
-    assert darwin_inspect.main(["--cache", str(cache.root), "list"]) == 0
+    assert command.main(["--cache", str(cache.root), "list"]) == 0
     assert "\x1b" not in capsys.readouterr().out
 
 

@@ -18,10 +18,10 @@ import pandas as pd
 import pytest
 import requests
 
-from darwin_access import PIPE_BYTES, AccessLog, Line, _pieces
-from darwin_batching import MAX_QUEUE_BYTES
-from darwin_protocols import PARQUET
-from darwin_trace import Trace
+from darwin_runtime.engine.batching import MAX_QUEUE_BYTES
+from darwin_runtime.http.request_log import PIPE_BYTES, AccessLog, Line, _pieces
+from darwin_runtime.http.tracing import Trace
+from darwin_runtime.protocols.base import PARQUET
 from tests.conftest import wait_until
 from tests.models import IRIS, TYPED_ROW, model_path
 from tests.servers import Served, serving

@@ -1,4 +1,4 @@
-"""`python -m darwin_cache`, for the engineer in `kubectl exec`."""
+"""`python -m darwin_runtime cache`, for the engineer in `kubectl exec`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import darwin_cache
-import darwin_inspect
-from darwin_cache import Cache
-from darwin_manifest import File, Manifest
+from darwin_runtime import __main__ as command
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.manifest import File, Manifest
 from tests import prepared
 from tests.conftest import Finished, clean_environ
 
@@ -19,7 +19,7 @@ A, B = "a" * 64, "b" * 64
 
 
 def look(cache: Path, *arguments: str) -> Finished:
-    done = prepared.run("-m", "darwin_cache", *arguments, env=clean_environ(CACHE_PATH=cache))
+    done = prepared.run("-m", "darwin_runtime", "cache", *arguments, env=clean_environ(CACHE_PATH=cache))
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
@@ -28,7 +28,7 @@ def cache(tmp_path: Path) -> Cache:
     made = Cache.prepare(tmp_path / "cache")
     for key in (A, B):
         staging = made.stage(key)
-        (darwin_cache.model_of(staging) / "MLmodel").write_bytes(key.encode())
+        (cache_module.model_of(staging) / "MLmodel").write_bytes(key.encode())
         file = File("MLmodel", 64, hashlib.sha256(key.encode()).hexdigest())
         made.publish(staging, key, Manifest(f"models:/{key[0]}/1", {}, [file]))
     made.lease("web-1", "/models", A)
@@ -79,7 +79,7 @@ def test_what_is_not_there(arguments: list[str], words: str, cache: Cache) -> No
 
 
 def test_ambiguous(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
-    assert darwin_inspect.main(["--cache", str(cache.root), "verify", ""]) == 2
+    assert command.main(["cache", "--cache", str(cache.root), "verify", ""]) == 2
     assert "2 entries' names begin with" in capsys.readouterr().err
 
 
@@ -91,7 +91,7 @@ def test_an_empty_directory(tmp_path: Path) -> None:
 
 def test_it_changes_nothing(cache: Cache) -> None:
     def seen() -> set[tuple[str, float]]:
-        tag = darwin_cache.TAG_NAME  # by which the file server is asked for the time
+        tag = cache_module.TAG_NAME  # by which the file server is asked for the time
         return {(str(path), path.lstat().st_mtime) for path in cache.root.rglob("*") if path.name != tag}
 
     for path in cache.root.rglob("*"):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import darwin_cache
-from darwin_cache import Cache
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage.cache import Cache
 from tests.apiserver import ApiServer, pod
 from tests.conftest import ROOT, Tracking, clean_environ, run_fresh, run_role
 from tests.registry import Logged, client_of, log_model
@@ -71,7 +71,7 @@ def test_from_the_registry_to_an_answer_and_away(
             check=True,
             timeout=60,
         )
-    [kept] = [path.name for path in cache.iterdir() if darwin_cache.is_key(path.name)]
+    [kept] = [path.name for path in cache.iterdir() if cache_module.is_key(path.name)]
     assert (new / "MLmodel").resolve().is_relative_to(cache / kept)
     with serving(new, fresh=True) as survivor:
         assert survivor.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([20.0])}
@@ -98,7 +98,7 @@ def test_straight_from_a_registry_that_says_no(versions: list[Logged], mlflow_se
 @pytest.mark.parametrize("form", ["model", ".", "{alias}/model", "{linked}"])
 def test_darwin_s_chart_finds_it(form: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
     """The places where charts look: `<dir>/model`, `<cache>/<alias>/model`."""
-    alias = darwin_cache.make_alias("shop", f"models:/{NAME}/1")
+    alias = cache_module.make_alias("shop", f"models:/{NAME}/1")
     strategy: dict[str, Any] = {"STORAGE_STRATEGY": "pvc" if "{" in form else "emptydir", "DEPLOYMENT_NAME": "shop"}
     done = run_role(
         "download.py",

@@ -18,11 +18,11 @@ import requests
 import tritonclient.http as triton
 from tritonclient.http.auth import BasicAuth
 
-import darwin_model
-from darwin_app import Service, make_app
-from darwin_batching import Limits
-from darwin_env import ConfigError, Reader
-from darwin_keys import EXEMPTIBLE, MOST_KEYS, Guard, Keys
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http.auth import EXEMPTIBLE, MOST_KEYS, Guard, Keys
+from darwin_runtime.model import model
+from darwin_runtime.settings import ConfigError, Reader
 from darwin_serve import Settings
 from tests.conftest import run_role, wait_until
 from tests.models import IRIS, model_path
@@ -75,7 +75,7 @@ OPEN = sorted(EXEMPTIBLE["probes"] | EXEMPTIBLE["metrics"])
 
 def guarded(keys: Path, exempt: frozenset[str] = frozenset(OPEN)) -> Service:
     service = Service(Limits(), "flowers", guard=Guard(Keys(keys), certificates=False, exempt=exempt))
-    service.use(darwin_model.load(model_path("iris")))
+    service.use(model.load(model_path("iris")))
     return service
 
 

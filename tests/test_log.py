@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import darwin_log
-from darwin_env import ConfigError, Reader
-from darwin_log import LONGEST, Redactor, RoleError, log_settings, run_role, set_up
+from darwin_runtime import logs
+from darwin_runtime.logs import LONGEST, Redactor, RoleError, log_settings, run_role, set_up
+from darwin_runtime.settings import ConfigError, Reader
 
 PASSWORD = "correct horse/battery?"
 ENVIRON = {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "AWS_SECRET_ACCESS_KEY": "abcd1234"}
@@ -119,7 +119,7 @@ def test_libraries_stay_quiet_at_debug(capsys: pytest.CaptureFixture[str]) -> No
     assert "a whole request" not in err
 
 
-def _raise(error: Exception) -> darwin_log.Body:
+def _raise(error: Exception) -> logs.Body:
     def body(_read: Reader, _redact: Redactor) -> None:
         raise error
 
@@ -144,14 +144,14 @@ def test_how_a_role_ends(
 ) -> None:
     log = tmp_path / "termination-log"
     log.touch()
-    monkeypatch.setattr(darwin_log, "TERMINATION_LOG", log)
+    monkeypatch.setattr(logs, "TERMINATION_LOG", log)
     assert run_role(_raise(error), ENVIRON) == code
     assert log.read_text() == message
     assert PASSWORD not in capsys.readouterr().err
 
 
 def test_no_termination_log_is_made_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(darwin_log, "TERMINATION_LOG", tmp_path / "termination-log")
+    monkeypatch.setattr(logs, "TERMINATION_LOG", tmp_path / "termination-log")
     assert run_role(_raise(RoleError("x")), {}) == 1
     assert not list(tmp_path.iterdir())
 

@@ -17,11 +17,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-import darwin_model
-from darwin_batching import Batcher, InferenceThread, Limits, Request
-from darwin_log import RoleError
-from darwin_plan import Rows
-from darwin_startup import example_rows, make_ready
+from darwin_runtime.engine.batching import Batcher, InferenceThread, Limits, Request
+from darwin_runtime.logs import RoleError
+from darwin_runtime.model import model as model_module
+from darwin_runtime.model.self_test import example_rows, make_ready
+from darwin_runtime.schema.tabular import Rows
 from tests.conftest import run_role
 from tests.models import IRIS, REQUIREMENTS, iris_table, model_path, save, save_estimator
 from tests.servers import serving
@@ -32,7 +32,7 @@ TABLE, TARGET = iris_table()
 IRIS_ROWS = [IRIS, {**IRIS, "petal length (cm)": 1.0}]
 
 
-def iris_rows(model: darwin_model.Model, count: int = 5) -> Rows:
+def iris_rows(model: model_module.Model, count: int = 5) -> Rows:
     return model.plan.split(None, TABLE.head(count).to_numpy().tolist())
 
 
@@ -44,7 +44,7 @@ CLASSIFIER = make_pipeline(StandardScaler(), RandomForestClassifier(10, random_s
 def test_the_estimator_s_own_answer(tmp_path: Path, method: str, fast: bool) -> None:
     directory = save_estimator(CLASSIFIER, tmp_path / "model", TABLE)
     with np.errstate(divide="ignore"):
-        model = darwin_model.load(directory, method=method).proven(fast=fast)
+        model = model_module.load(directory, method=method).proven(fast=fast)
         assert model.path.batchable
         assert bool(model.path.arrays) == fast
         expected = getattr(CLASSIFIER, method)(TABLE.head(5))
@@ -65,14 +65,14 @@ def test_the_estimator_s_own_answer(tmp_path: Path, method: str, fast: bool) -> 
     ],
 )
 def test_what_a_model_offers(tmp_path: Path, estimator: Any, methods: list[str]) -> None:
-    contract = darwin_model.load(save_estimator(estimator, tmp_path / "model", TABLE)).contract("m")
+    contract = model_module.load(save_estimator(estimator, tmp_path / "model", TABLE)).contract("m")
     assert list(contract.methods) == methods
     assert contract.classes == (None if isinstance(estimator, IsolationForest) else [0, 1, 2])
 
 
 def test_boosters_and_the_models_of_others_offer_nothing_else() -> None:
-    assert darwin_model.load(model_path("untyped")).contract("m").methods == ("predict",)
-    assert darwin_model.load(model_path("params")).contract("m").methods == ("predict",)
+    assert model_module.load(model_path("untyped")).contract("m").methods == ("predict",)
+    assert model_module.load(model_path("params")).contract("m").methods == ("predict",)
 
 
 def test_a_model_logged_with_another_method(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_model_logged_with_another_method(tmp_path: Path) -> None:
         ),
         tmp_path / "model",
     )
-    model = darwin_model.load(directory)
+    model = model_module.load(directory)
     assert model.contract("m").method == "predict_proba"
     np.testing.assert_array_equal(model.predict(iris_rows(model)), CLASSIFIER.predict_proba(TABLE.head(5)))
     np.testing.assert_array_equal(model.predict(iris_rows(model), method="predict"), CLASSIFIER.predict(TABLE.head(5)))
@@ -95,7 +95,7 @@ def test_a_model_logged_with_another_method(tmp_path: Path) -> None:
 
 def test_a_method_that_the_model_has_not(tmp_path: Path) -> None:
     with pytest.raises(RoleError, match="has no predict_proba: PREDICT_METHOD may be predict, decision_function"):
-        darwin_model.load(
+        model_module.load(
             save_estimator(LinearSVC().fit(TABLE, TARGET), tmp_path / "model", TABLE), method="predict_proba"
         )
     done = run_role("darwin_serve.py", MODEL_LOCAL_PATH=model_path("untyped"), PREDICT_METHOD="transform", PORT=0)
@@ -104,7 +104,7 @@ def test_a_method_that_the_model_has_not(tmp_path: Path) -> None:
 
 def test_only_the_proven_method_is_batched() -> None:
 
-    model = make_ready(darwin_model.load(model_path("iris")), "iris", fast_path=True)
+    model = make_ready(model_module.load(model_path("iris")), "iris", fast_path=True)
     rows = example_rows(model)
     assert rows is not None
     calls: list[tuple[int, str]] = []

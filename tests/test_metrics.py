@@ -18,9 +18,9 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from darwin_app import Service, make_app
-from darwin_batching import Limits
-from darwin_metrics import Board, Meter, exposition
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http.metrics import Board, Meter, exposition
 from tests.conftest import ROOT, free_port, program, wait_until
 from tests.models import IRIS, model_path
 from tests.servers import Served, in_thread, serving

@@ -9,9 +9,10 @@ from pathlib import Path
 from tests.conftest import ROOT, clean_environ
 
 SCRIPT = """
-import sys, darwin_mlflow
-darwin_mlflow.prepare(tables=False)
-print(sorted(set(darwin_mlflow.TABLES) & sys.modules.keys()))
+import sys
+from darwin_runtime import mlflow_import
+mlflow_import.prepare(tables=False)
+print(sorted(set(mlflow_import.TABLES) & sys.modules.keys()))
 import mlflow, pandas
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 print(get_artifact_repository("s3://bucket/model").artifact_uri, pandas.DataFrame({"x": [1]}).shape)

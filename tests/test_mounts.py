@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import darwin_mounts
-from darwin_mounts import Mounted, Unusable
+from darwin_runtime.http import reloading
+from darwin_runtime.http.reloading import Mounted, Unusable
 from tests.mounts import Mount
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(darwin_mounts, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(reloading, "LOOK_SECONDS", 0.0)
 
 
 def test_what_could_not_be_loaded_is_tried_again_and_told_once(

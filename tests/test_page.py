@@ -22,9 +22,9 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-import darwin_model
-from darwin_app import Service, make_app
-from darwin_batching import Limits
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.model import model
 from tests.conftest import ROOT, http_server, program, wait_until
 from tests.models import BUILDERS, IRIS, model_path
 from tests.mounts import Mount, public_key
@@ -249,7 +249,7 @@ def _brightness(color: str) -> float:
 
 def test_behind_a_proxy(browser: Browser) -> None:
     service = Service(Limits(), "iris")
-    service.use(darwin_model.load(model_path("iris")))
+    service.use(model.load(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for path in ("/models/iris", "/models/iris/", "/models/iris/docs"):
             browser.get(url + path)

@@ -16,13 +16,13 @@ from typing import Any
 import mlflow
 import pytest
 
-import darwin_cache
-import darwin_model
-import darwin_output
-import darwin_pin
-import darwin_startup
-from darwin_cache import Cache
-from darwin_log import RoleError
+from darwin_runtime.logs import RoleError
+from darwin_runtime.model import model as model_module
+from darwin_runtime.model import self_test
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import digest as digest_module
+from darwin_runtime.storage import output
+from darwin_runtime.storage.cache import Cache
 from tests.conftest import ROOT, Finished, Tracking, run_role, wait_until
 from tests.models import BASE, REQUIREMENTS, model_path, save
 from tests.registry import log_files
@@ -60,7 +60,7 @@ def download(tmp_path: Path, uri: object, **settings: object) -> Finished:
 
 
 def entries(tmp_path: Path) -> list[str]:
-    return [name for name in os.listdir(tmp_path / "cache") if darwin_cache.is_key(name)]
+    return [name for name in os.listdir(tmp_path / "cache") if cache_module.is_key(name)]
 
 
 # The digest
@@ -82,15 +82,15 @@ def test_the_digest_is_what_the_shell_says(names: list[str], tmp_path: Path) -> 
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(os.fsencode(name) * 3)
     (tmp_path / "m" / "empty").mkdir()
-    seen = darwin_pin.look(tmp_path / "m").digest
+    seen = digest_module.look(tmp_path / "m").digest
     assert seen == shell(tmp_path / "m")
-    for name in darwin_pin.APART:
+    for name in digest_module.APART:
         (tmp_path / "m" / name).write_text("says how it came")
     if "model/weights" not in names:
         (tmp_path / "m" / "model").symlink_to(".")
-    assert darwin_pin.look(tmp_path / "m").digest == shell(tmp_path / "m") == seen
+    assert digest_module.look(tmp_path / "m").digest == shell(tmp_path / "m") == seen
     (tmp_path / "m" / names[-1]).write_bytes(b"other")
-    assert darwin_pin.look(tmp_path / "m").digest == shell(tmp_path / "m") != seen
+    assert digest_module.look(tmp_path / "m").digest == shell(tmp_path / "m") != seen
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_it_is_the_same_however_the_model_got_there(settings: dict[str, str], di
     assert done.code == 0, done.err
     assert f"has sha256 {digest}, which REQUIRE_SHA256 can ask for" in done.last
     assert shell(tmp_path / "models") == digest
-    found = darwin_model.find_model(tmp_path / "models")
-    assert darwin_pin.look(found).digest == digest
+    found = model_module.find_model(tmp_path / "models")
+    assert digest_module.look(found).digest == digest
     again = download(tmp_path, model_path("iris"), REQUIRE_SHA256=digest, **settings)
     assert again.code == 0, again.err
     assert "0 bytes transferred" in again.err
@@ -147,7 +147,7 @@ def test_what_is_no_file_has_no_digest(make: Callable[[Path], object], iris: Pat
     monkeypatch.chdir(iris)
     make(iris / "odd")
     with pytest.raises(RoleError, match=r"odd is a link, pipe, socket or device"):
-        darwin_pin.look(iris)
+        digest_module.look(iris)
 
 
 @pytest.mark.parametrize("script", ["darwin_serve.py", "download.py"])
@@ -218,7 +218,7 @@ def test_a_poisoned_download_half_way_is_not_gone_on_with_forever(digest: str, t
     cache = Cache(tmp_path / "cache")
     (tmp_path / "cache" / key).rename(tmp_path / "cache" / ".staging" / f"{key}.00")
     lock = cache.try_lock(key, "somebody")
-    assert isinstance(lock, darwin_cache.Lock)
+    assert isinstance(lock, cache_module.Lock)
     lock.release(done=False)
     model = tmp_path / "cache" / ".staging" / f"{key}.00" / "model" / "model.skops"
     model.write_bytes(model.read_bytes()[::-1])
@@ -275,7 +275,7 @@ def test_of_another_model_no_code_runs(workers: int, tmp_path: Path) -> None:
     assert done.code == 1
     assert f"is not the model that REQUIRE_SHA256 asks for: expected {OTHER}, seen {shell(model)}" in done.err
     assert not (tmp_path / "ran").exists()
-    darwin_startup.load(model, required=shell(model))
+    self_test.load(model, required=shell(model))
     assert (tmp_path / "ran").exists(), "the trap works"
 
 
@@ -283,11 +283,11 @@ def test_a_manifest_is_not_taken_for_the_bytes(digest: str, tmp_path: Path) -> N
     assert download(tmp_path, model_path("iris")).code == 0
     model = tmp_path / "models" / "model.skops"
     model.write_bytes(model.read_bytes()[::-1])
-    record = darwin_output.read(tmp_path / "models")
+    record = output.read(tmp_path / "models")
     assert record
-    assert darwin_pin.digest_of(record.manifest) == digest
+    assert digest_module.digest_of(record.manifest) == digest
     with pytest.raises(RoleError, match=f"expected {digest}"):
-        darwin_startup.load(tmp_path / "models", required=digest)
+        self_test.load(tmp_path / "models", required=digest)
 
 
 def test_from_a_uri(digest: str) -> None:
@@ -354,15 +354,15 @@ def _swap_and_back(model: Path) -> None:
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Path], None]]:
     """What to do with a model while it is loaded."""
     deeds: list[Callable[[Path], None]] = []
-    real = darwin_model.load
+    real = model_module.load
 
-    def load(directory: Path, *rest: Any) -> darwin_model.Model:
+    def load(directory: Path, *rest: Any) -> model_module.Model:
         found = real(directory, *rest)
         for deed in deeds:
             deed(directory)
         return found
 
-    monkeypatch.setattr(darwin_model, "load", load)
+    monkeypatch.setattr(model_module, "load", load)
     return deeds
 
 
@@ -371,16 +371,16 @@ def test_a_model_that_changes_while_it_is_loaded_is_not_served(
     deed: Callable[[Path], None], meanwhile: list[Callable[[Path], None]], digest: str, tmp_path: Path
 ) -> None:
     assert download(tmp_path, model_path("iris"), STORAGE_STRATEGY="pvc").code == 0
-    darwin_startup.load(tmp_path / "models", required=digest)
+    self_test.load(tmp_path / "models", required=digest)
     meanwhile.append(deed)
     with pytest.raises(RoleError, match="the model was changed while it was loaded"):
-        darwin_startup.load(tmp_path / "models", required=digest)
+        self_test.load(tmp_path / "models", required=digest)
 
 
-@pytest.mark.parametrize("name", darwin_pin.APART)
+@pytest.mark.parametrize("name", digest_module.APART)
 def test_what_the_digest_leaves_out_is_not_loaded(name: str, iris: Path) -> None:
     (iris / name).write_bytes((iris / "model.skops").read_bytes())
     description = (iris / "MLmodel").read_text().replace("model.skops", name)
     (iris / "MLmodel").write_text(description)
     with pytest.raises(RoleError, match="which is no part of a model"):
-        darwin_startup.load(iris, required=shell(iris))
+        self_test.load(iris, required=shell(iris))

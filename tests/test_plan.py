@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import darwin_cells
-import darwin_plan
-from darwin_cells import MAX_PROBLEMS, InputError, ParamsError, floats
-from darwin_plan import ParamPlan, Rows, plan_of, together
+from darwin_runtime.schema import datatypes, tabular
+from darwin_runtime.schema.datatypes import MAX_PROBLEMS, InputError, ParamsError, floats
+from darwin_runtime.schema.tabular import ParamPlan, Rows, plan_of, together
 
 
 def one(kind: Any, *, required: bool = True) -> Any:
@@ -559,8 +558,8 @@ def test_columns_of_one_type_make_a_matrix_in_one_go(
     shape: str, arguments: tuple[Any, ...], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of([{"type": kind, "name": "x"}, {"type": kind, "name": "y", "required": False}])
-    monkeypatch.setattr(darwin_plan, "parse_column", None)
-    monkeypatch.setattr(darwin_plan, "_read_csv", None)
+    monkeypatch.setattr(tabular, "parse_column", None)
+    monkeypatch.setattr(tabular, "_read_csv", None)
     rows = getattr(plan, shape)(*arguments)
     assert rows.value.flags.c_contiguous
     assert rows.first() == {"x": 1, "y": 2}
@@ -668,12 +667,12 @@ def test_all_at_once_is_as_cell_by_cell(some_request: Any, monkeypatch: pytest.M
         specs = some_signature(rng)
         plan, (shape, arguments) = plan_of(specs), some_request(rng, specs)
         with monkeypatch.context() as patch:
-            patch.setattr(darwin_cells, "_MANY", 1)
+            patch.setattr(datatypes, "_MANY", 1)
             found = outcome(plan, shape, arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(darwin_plan, "in_bulk", lambda *_: None)
-            patch.setattr(darwin_plan, "floats", lambda *_: None)
-            patch.setattr(darwin_plan, "_csv_matrix", lambda *_: None)
+            patch.setattr(tabular, "in_bulk", lambda *_: None)
+            patch.setattr(tabular, "floats", lambda *_: None)
+            patch.setattr(tabular, "_csv_matrix", lambda *_: None)
             expected = outcome(plan, shape, arguments)
         assert found == expected, (specs, shape, arguments)
         accepted += len(found) > 2

@@ -23,11 +23,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import darwin_protocols as protocols
-import darwin_v2
-from darwin_app import EXPECTED, Most
-from darwin_plan import Contract, ParamPlan, Rows, plan_of
-from darwin_protocols import Malformed, TooLarge
+from darwin_runtime.http.app import EXPECTED, Most
+from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols import open_inference
+from darwin_runtime.protocols.base import Malformed, TooLarge
+from darwin_runtime.schema.tabular import Contract, ParamPlan, Rows, plan_of
 from tests.hostile import (
     CASES,
     CONTRACTS,
@@ -58,7 +58,7 @@ JSON_READERS: dict[str, Read] = {
     "predict": protocols.read_predict,
     "invocations": protocols.read_invocations,
     "v1": protocols.read_v1,
-    "v2": darwin_v2.read_infer,
+    "v2": open_inference.read_infer,
 }
 
 SCALAR = (
@@ -195,13 +195,13 @@ def written(columns: list[dict[str, Any]], rows: list[list[Any]]) -> dict[str, C
         "inputs": read(protocols.read_invocations, {"inputs": by_column}),
         "instances": read(protocols.read_v1, {"instances": records}),
         "positional": read(protocols.read_v1, {"instances": rows}),
-        "v2": read(darwin_v2.read_infer, tensors),
+        "v2": read(open_inference.read_infer, tensors),
         "csv": read(protocols.read_invocations, lines.getvalue().encode(), CSV),
     }
     if all(value is not None for row in rows for value in row):
         packed, headers = binary(tensors)
         ways["v2-binary"] = read(
-            darwin_v2.read_infer, packed, {k.lower().encode(): v.encode() for k, v in headers.items()}
+            open_inference.read_infer, packed, {k.lower().encode(): v.encode() for k, v in headers.items()}
         )
     return ways
 
@@ -302,7 +302,7 @@ SWELLING: dict[str, Callable[[int], tuple[str, Read, bytes, Any]]] = {
     ),
     "a shape that multiplies to anything": lambda n: (
         "doubles",
-        darwin_v2.read_infer,
+        open_inference.read_infer,
         _json(inputs=[{"name": str(i), "shape": [2**62, 2**62], "datatype": "FP64", "data": [1]} for i in range(n)]),
         {},
     ),
@@ -362,9 +362,9 @@ def test_lengths_of_binary_data_have_to_be_true(values: list[bytes], size_off: i
         "parameters": {"binary_data_size": len(data) + size_off},
     }
     head = json.dumps({"inputs": [tensor]}).encode()
-    headers = {darwin_v2.LENGTH.lower().encode(): b"%d" % (len(head) + length_off)}
+    headers = {open_inference.LENGTH.lower().encode(): b"%d" % (len(head) + length_off)}
     try:
-        rows = darwin_v2.read_infer(head + data, headers, CONTRACTS["one"]).rows
+        rows = open_inference.read_infer(head + data, headers, CONTRACTS["one"]).rows
     except Malformed:
         assert size_off or length_off or not all(map(_is_text, values))
     else:

@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import darwin_protocols as protocols
-from darwin_batching import Request, TooSlow
-from darwin_cells import InputError, ParamsError
-from darwin_json import Unwritable, dump
-from darwin_model import PredictionFailed, Refused
-from darwin_plan import Contract, ParamPlan, plan_of
-from darwin_protocols import Malformed, NotReady, Unsupported
+from darwin_runtime.engine.batching import Request, TooSlow
+from darwin_runtime.model.model import PredictionFailed, Refused
+from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols.base import Malformed, NotReady, Unsupported
+from darwin_runtime.protocols.encoding import Unwritable, dump
+from darwin_runtime.schema.datatypes import InputError, ParamsError
+from darwin_runtime.schema.tabular import Contract, ParamPlan, plan_of
 
 PLAN = plan_of([{"type": "long", "name": "a"}])
 PARAMS = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])

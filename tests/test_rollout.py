@@ -23,10 +23,10 @@ import uvicorn
 import uvloop
 import yaml
 
-import darwin_model
 import darwin_serve
-from darwin_app import Service, make_app
-from darwin_batching import Limits
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.model import model
 from tests.balancer import Backend, Balancer, Clients, Probe
 from tests.conftest import ROOT, wait_until
 from tests.connection import Answer, json_request
@@ -203,7 +203,7 @@ def test_who_connects_as_the_port_closes_is_answered(serving_environment: None, 
     authority.configure_trust(trust)
     listener = darwin_serve.bind("127.0.0.1", 0)
     service = Service(Limits())
-    service.use(darwin_model.load(model_path("iris")))
+    service.use(model.load(model_path("iris")))
     files: dict[str, Any] = {"ssl_certfile": certificate, "ssl_keyfile": key} if tls else {}
     config = uvicorn.Config(make_app(service), http="httptools", lifespan="off", log_config=None, **files)
     server = darwin_serve.Server(config, service, 0, lambda: None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import darwin_log
+from darwin_runtime import logs
 from tests.apiserver import ApiServer
 from tests.conftest import ROOT, Finished, clean_environ, free_port, run_role
 from tests.models import model_path
@@ -265,7 +265,7 @@ def test_of_a_cleanup(code: int, scheme: str, tmp_path: Path) -> None:
 _RAISE = """
 import os, sys, threading
 sys.path.insert(0, sys.argv[1])
-import darwin_log
+from darwin_runtime import logs
 
 def body(read, redact):
     def fail():
@@ -275,7 +275,7 @@ def body(read, redact):
     thread.join()
     fail()
 
-sys.exit(darwin_log.run_role(body, os.environ))
+sys.exit(logs.run_role(body, os.environ))
 """
 
 
@@ -289,7 +289,8 @@ def test_what_nobody_catches_is_masked_too() -> None:
 
 
 def test_a_role_leaves_no_core_file() -> None:
-    script = "import os, resource, darwin_log; darwin_log.run_role(lambda *_: print(resource.getrlimit(4)), os.environ)"
+    script = "import os, resource; from darwin_runtime.logs import run_role; "
+    script += "run_role(lambda *_: print(resource.getrlimit(4)), os.environ)"
     wanted = subprocess.run(
         ["sh", "-c", 'ulimit -c unlimited 2>/dev/null; exec "$0" -c "$1"', sys.executable, script],
         cwd=ROOT, env=clean_environ(), capture_output=True, text=True, check=True,
@@ -312,4 +313,4 @@ def test_a_role_leaves_no_core_file() -> None:
     ],
 )
 def test_forms(environ: Mapping[str, str], text: str, masked: str) -> None:
-    assert darwin_log.Redactor(environ)(text) == masked
+    assert logs.Redactor(environ)(text) == masked

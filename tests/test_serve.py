@@ -22,13 +22,13 @@ import numpy as np
 import pytest
 import requests
 
-import darwin_model
-from darwin_app import Service, make_app
-from darwin_batching import Limits
-from darwin_cells import ENOUGH_PROBLEMS
-from darwin_env import ConfigError, Reader
+from darwin_runtime.engine.batching import Limits
+from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.model import model as model_module
+from darwin_runtime.model.self_test import example_rows, self_test
+from darwin_runtime.schema.datatypes import ENOUGH_PROBLEMS
+from darwin_runtime.settings import ConfigError, Reader
 from darwin_serve import Settings
-from darwin_startup import example_rows, self_test
 from tests.conftest import ROOT, Finished, clean_environ, run_role, wait_until
 from tests.models import IRIS, NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path, scoring_app
 from tests.servers import Served, in_thread, serving
@@ -423,7 +423,7 @@ def test_unknown_paths(ours: Callable[[str], str]) -> None:
 
 def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
     service = Service(Limits())
-    service.use(darwin_model.load(model_path("iris")))
+    service.use(model_module.load(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for prefix in ("", "/models/iris"):
             assert requests.get(f"{url}{prefix}/ready", timeout=60).status_code == 200
@@ -432,7 +432,7 @@ def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
 
 def test_not_ready_while_draining() -> None:
     service = Service(Limits())
-    service.use(darwin_model.load(model_path("iris")))
+    service.use(model_module.load(model_path("iris")))
     service.draining = True
     with in_thread(make_app(service)) as url:
         answer = requests.get(f"{url}/ready", timeout=60)
@@ -719,7 +719,7 @@ def test_a_model_that_fails_its_own_example_ends_the_process() -> None:
 def test_an_example_that_cannot_be_sent_is_tried_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     odd = Path(shutil.copytree(model_path("iris"), tmp_path / "m"))
     (odd / "serving_input_example.json").write_text('{"rows": []}')
-    model = darwin_model.load(odd)
+    model = model_module.load(odd)
     assert self_test(model) == "it answered its own input example"
     assert "cannot be sent as a request" in caplog.text
     assert example_rows(model) is None

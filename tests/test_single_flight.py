@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from darwin_cache import Cache
+from darwin_runtime.storage.cache import Cache
 from tests import killing, proxy
 from tests.conftest import Tracking, wait_until
 from tests.killing import KILLED, Ended, Run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from darwin_cache import Cache
+from darwin_runtime.storage.cache import Cache
 from tests.conftest import run_fresh
 from tests.models import model_path
 

@@ -19,8 +19,8 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-import darwin_tls
-from darwin_env import ConfigError, Reader
+from darwin_runtime.http import tls
+from darwin_runtime.settings import ConfigError, Reader
 from darwin_serve import Settings
 from tests.conftest import run_role, wait_until
 from tests.models import IRIS, model_path
@@ -193,7 +193,7 @@ def test_expiry_is_what_the_certificate_says(ours: Party, year: int) -> None:
     until = datetime.datetime(year, 2, 3, 4, 5, 6, tzinfo=datetime.timezone.utc)
     before = datetime.datetime(1990, 1, 1, tzinfo=datetime.timezone.utc)
     pem = ours.ca.issue_cert("x", not_before=before, not_after=until).cert_chain_pems[0].bytes()
-    assert darwin_tls._expiry(ssl.PEM_cert_to_DER_cert(pem.decode())) == until
+    assert tls._expiry(ssl.PEM_cert_to_DER_cert(pem.decode())) == until
 
 
 # Settings
@@ -266,11 +266,11 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 def test_a_handshake_that_never_ends_is_ended(
     tmp_path: Path, ours: Party, monkeypatch: pytest.MonkeyPatch, begun: bytes
 ) -> None:
-    assert darwin_tls.HANDSHAKE_SECONDS <= 10
-    monkeypatch.setattr(darwin_tls, "HANDSHAKE_SECONDS", 0.5)
+    assert tls.HANDSHAKE_SECONDS <= 10
+    monkeypatch.setattr(tls, "HANDSHAKE_SECONDS", 0.5)
     mount = Mount(tmp_path / "tls", **ours.server())
-    context = darwin_tls.Context(darwin_tls.Files(mount / "tls.crt", mount / "tls.key"))
-    options = {"loop": "darwin_tls:Loop", "ssl_context_factory": lambda *_: context}
+    context = tls.Context(tls.Files(mount / "tls.crt", mount / "tls.key"))
+    options = {"loop": "darwin_runtime.http.tls:Loop", "ssl_context_factory": lambda *_: context}
     with in_thread(nothing, **options) as url:
         with socket.create_connection(address(url), timeout=30) as connection:
             connection.sendall(begun)

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import urllib3
 
-import darwin_fetch
-import darwin_transfer
-from darwin_fetch import Damaged, RemoteFile, Retry, Source, Unreachable
-from darwin_log import RoleError
-from darwin_transfer import Deadline, Transfer
+from darwin_runtime.logs import RoleError
+from darwin_runtime.storage import resolve
+from darwin_runtime.storage import transfer as transfer_module
+from darwin_runtime.storage.resolve import Damaged, RemoteFile, Retry, Source, Unreachable
+from darwin_runtime.storage.transfer import Deadline, Transfer
 from tests.conftest import http_server, wait_until
 
 BODY = bytes(range(256)) * 4096
@@ -75,16 +75,16 @@ def half_way(tmp_path: Path, seen: Callable[[], bool]) -> None:
 
 
 def test_progress_tells_percent_rate_and_time_left() -> None:
-    assert darwin_transfer.progress(1_000_000, 4_000_000, 0, 2.0) == "25% of 3.8 MiB, 0.5 MB/s, ETA 6 s"
-    assert darwin_transfer.progress(3_000_000, 4_000_000, 2_000_000, 2.0) == "75% of 3.8 MiB, 0.5 MB/s, ETA 2 s"
-    assert darwin_transfer.progress(0, 4_000_000, 0, 2.0) == "0% of 3.8 MiB, 0.0 MB/s, ETA unknown"
+    assert transfer_module.progress(1_000_000, 4_000_000, 0, 2.0) == "25% of 3.8 MiB, 0.5 MB/s, ETA 6 s"
+    assert transfer_module.progress(3_000_000, 4_000_000, 2_000_000, 2.0) == "75% of 3.8 MiB, 0.5 MB/s, ETA 2 s"
+    assert transfer_module.progress(0, 4_000_000, 0, 2.0) == "0% of 3.8 MiB, 0.0 MB/s, ETA unknown"
 
 
 def test_progress_is_a_line_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(darwin_transfer, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_module, "PROGRESS_SECONDS", 0.01)
     half_way(tmp_path, lambda: "50% of 1000 B" in caplog.text)
     assert "downloading 1 files, 1000 B" in caplog.text
     assert "downloaded 1000 B in" in caplog.text
@@ -102,7 +102,7 @@ def test_progress_is_one_rewriting_line_on_a_terminal(tmp_path: Path, monkeypatc
 
     with open(slave, "w") as terminal:  # noqa: PTH123 - a descriptor has no path
         monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr(darwin_transfer, "TERMINAL_PROGRESS_SECONDS", 0.01)
+        monkeypatch.setattr(transfer_module, "TERMINAL_PROGRESS_SECONDS", 0.01)
         half_way(tmp_path, seen)
         monkeypatch.undo()
         wait_until(lambda: seen() and told.endswith(b"\r\x1b[K"), "the line's end, of which nothing is left")
@@ -147,7 +147,7 @@ def test_one_failure_stops_the_rest(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_not_the_store_s_fault(tmp_path: Path) -> None:
     def write(_path: str, _local: str) -> None:
-        with darwin_fetch.explained("models:/m/2"):
+        with resolve.explained("models:/m/2"):
             try:
                 raise OSError(28, "No space left on device")
             except OSError as error:
@@ -164,8 +164,8 @@ def test_time_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_store_s_own_library_can_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(darwin_transfer, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(darwin_transfer, "END_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_module, "END_SECONDS", 0.01)
     ended = threading.Event()
     source = source_of({"MLmodel": 1}, lambda *_: ended.wait())
     with pytest.raises(RoleError, match=r"models:/m/2: not done within DOWNLOAD_TIMEOUT_SECONDS=0\.5"):
@@ -233,7 +233,7 @@ class Served:
         return [RemoteFile("MLmodel", len(BODY))], []
 
     def open(self, path: str, offset: int) -> urllib3.BaseHTTPResponse:
-        with darwin_fetch.explained("models:/m/2"):
+        with resolve.explained("models:/m/2"):
             headers = {"Range": f"bytes={offset}-"} if offset else {}
             return urllib3.request("GET", f"{self.url}/{path}", headers=headers, preload_content=False, timeout=5)
 
@@ -409,8 +409,8 @@ def test_the_store_is_asked_whether_a_part_that_is_all_there_is_the_same_file(
 
 
 def test_what_has_arrived_is_put_on_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(darwin_transfer, "SYNC_SECONDS", 0.0)
-    monkeypatch.setattr(darwin_transfer, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(transfer_module, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(transfer_module, "LOOK_SECONDS", 0.01)
     parts = tmp_path / "parts"
 
     def in_two(handler: _Handler, offset: int) -> None:
@@ -500,8 +500,8 @@ def test_an_encoded_body_is_decoded(tmp_path: Path) -> None:
 def test_a_quick_store_is_read_in_large_chunks_to_the_end_and_its_connection_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(darwin_transfer, "GATHER_SECONDS", 1e6)  # the test's machine may be slow
-    size = 5 * darwin_transfer.CHUNK_BYTES + 100
+    monkeypatch.setattr(transfer_module, "GATHER_SECONDS", 1e6)  # the test's machine may be slow
+    size = 5 * transfer_module.CHUNK_BYTES + 100
     bodies = {"large": os.urandom(size), "small": b"end", "MLmodel": b"x"}
     connections = set()
     lengths = []
@@ -524,19 +524,19 @@ def test_a_quick_store_is_read_in_large_chunks_to_the_end_and_its_connection_use
 
     class Store(Served):
         def open(self, path: str, offset: int) -> urllib3.BaseHTTPResponse:
-            with darwin_fetch.explained("models:/m/2"):
+            with resolve.explained("models:/m/2"):
                 return pool.request("GET", f"/{path}", preload_content=False)
 
         def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
             return [RemoteFile(name, len(body)) for name, body in bodies.items()], []
 
-    add = darwin_transfer._Part.add
+    add = transfer_module._Part.add
 
     def counting(part: Any, target: Any, chunk: bytes) -> None:
         lengths.append(len(chunk))
         add(part, target, chunk)
 
-    monkeypatch.setattr(darwin_transfer._Part, "add", counting)
+    monkeypatch.setattr(transfer_module._Part, "add", counting)
     with http_server(Handler) as url:
         pool = urllib3.connection_from_url(url, maxsize=1, block=True, timeout=5, retries=False)
         source = Source("models:/m/2", {}, [(name, len(body)) for name, body in bodies.items()], Store())
@@ -545,11 +545,11 @@ def test_a_quick_store_is_read_in_large_chunks_to_the_end_and_its_connection_use
     assert {name: (tmp_path / "model" / name).read_bytes() for name in bodies} == bodies
     assert len(connections) == 1
     # Small packets may fill what the kernel holds before they are a whole chunk.
-    assert sum(length >= darwin_transfer.CHUNK_BYTES / 2 for length in lengths) >= 3
+    assert sum(length >= transfer_module.CHUNK_BYTES / 2 for length in lengths) >= 3
 
 
 def test_a_store_that_trickles_has_stalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(darwin_transfer, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(transfer_module, "STALL_SECONDS", 0.05)
     ended = threading.Event()
 
     def trickling(handler: _Handler, offset: int) -> None:

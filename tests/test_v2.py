@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import darwin_v2
-from darwin_cells import InputError
-from darwin_json import Unwritable
-from darwin_plan import Contract, ParamPlan, plan_of
-from darwin_protocols import Malformed
+from darwin_runtime.protocols import open_inference
+from darwin_runtime.protocols.base import Malformed
+from darwin_runtime.protocols.encoding import Unwritable
+from darwin_runtime.schema.datatypes import InputError
+from darwin_runtime.schema.tabular import Contract, ParamPlan, plan_of
 from tests import tensors
 
 NO_PARAMS = ParamPlan(None)
@@ -29,7 +29,7 @@ B = {"name": "b", "shape": [2, 1], "datatype": "BYTES", "data": ["x", "y"]}
 
 def read(request: Any, contract: Contract = TWO, headers: dict[bytes, bytes] | None = None) -> Any:
     body = request if isinstance(request, bytes) else json.dumps(request).encode()
-    return darwin_v2.read_infer(body, headers or {}, contract)
+    return open_inference.read_infer(body, headers or {}, contract)
 
 
 def read_binary(body: bytes, length: int | str, contract: Contract = TWO) -> Any:
@@ -314,7 +314,7 @@ def test_metadata() -> None:
     ]
     outputs = [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 3]}}]
     contract = Contract(plan_of(specs), NO_PARAMS, outputs=outputs, name="m", version="2")
-    told = json.loads(darwin_v2.model_metadata(contract, "sklearn").body)
+    told = json.loads(open_inference.model_metadata(contract, "sklearn").body)
     assert [tensor["datatype"] for tensor in told["inputs"]] == [
         *("BOOL", "INT32", "INT64", "FP32", "FP64", "BYTES", "BYTES"),
     ]

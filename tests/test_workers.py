@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import requests
 
-import darwin_cpus
 import darwin_serve
-from darwin_env import Reader
+from darwin_runtime import resources
+from darwin_runtime.settings import Reader
 from tests import prepared
 from tests.conftest import ROOT, clean_environ, run_role, wait_until
 from tests.models import BASE, REQUIREMENTS, iris_table, model_path, save
@@ -31,11 +31,11 @@ from tests.servers import Served, serving
 TOY = """
 import logging, os, signal, socket, sqlite3, sys, threading, time
 from pathlib import Path
-import darwin_workers
-from darwin_log import RoleError
+from darwin_runtime.engine import workers
+from darwin_runtime.logs import RoleError
 
 for name, value in [setting.split("=") for setting in sys.argv[2].split()]:
-    setattr(darwin_workers, name, float(value))
+    setattr(workers, name, float(value))
 logging.basicConfig(level="INFO", stream=sys.stderr, format="%(levelname)s %(message)s")
 kind, home = sys.argv[1], Path(sys.argv[3])
 
@@ -98,11 +98,11 @@ def work(loaded, number, ready):
 if len(sys.argv) > 4:
     number = int(sys.argv[4])
     listener, channel = (socket.socket(fileno=int(number)) for number in sys.argv[5:])
-    sys.exit(darwin_workers.attend(channel, lambda ready: work(load(), number, ready)))
-with darwin_workers.signals() as arriving:
+    sys.exit(workers.attend(channel, lambda ready: work(load(), number, ready)))
+with workers.signals() as arriving:
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-    darwin_workers.supervise(2, darwin_workers.Job(
+    workers.supervise(2, workers.Job(
         listener=listener, wait=lambda _: answer(listener, "waiting"), fetch=lambda: None, load=load, work=work,
         command=[sys.executable, *sys.argv], environ=os.environ, files=[listener.fileno()],
         stop_seconds=30 if kind != "does not end" else 0.5,
@@ -148,7 +148,7 @@ class Toy:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Iterator[Callable[..., Toy]]:
-    """Starts a toy of some kind, with constants of darwin_workers; whatever it leaves running fails the test."""
+    """Starts a toy of some kind, with constants of `workers`; whatever it leaves running fails the test."""
     with contextlib.ExitStack() as stack:
 
         def start(kind: str = "fine", settings: str = "") -> Toy:
@@ -376,14 +376,14 @@ def test_the_limit_of_cpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str, limits: dict[str, str], expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    assert darwin_cpus.cpu_limit(made_up(tmp_path, cgroup, **limits)) == expected
+    assert resources.cpu_limit(made_up(tmp_path, cgroup, **limits)) == expected
 
 
 def test_no_more_cpus_than_the_process_may_run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
-    assert darwin_cpus.cpu_limit(tmp_path) == 2
-    assert darwin_cpus.cpu_limit(made_up(tmp_path, "0::/", **{"cpu.max": "800000 100000"})) == 2
-    assert 1 <= darwin_cpus.cpu_limit() <= 2
+    assert resources.cpu_limit(tmp_path) == 2
+    assert resources.cpu_limit(made_up(tmp_path, "0::/", **{"cpu.max": "800000 100000"})) == 2
+    assert 1 <= resources.cpu_limit() <= 2
 
 
 @pytest.mark.parametrize(
@@ -397,15 +397,15 @@ def test_no_more_cpus_than_the_process_may_run_on(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_threads_follow_workers_and_cpus(workers: int, given: dict[str, str], expected: tuple[str | None, ...]) -> None:
-    darwin_cpus.share_cpus(workers, 8, given)
-    assert tuple(given.get(name) for name in darwin_cpus.THREADS) == expected
+    resources.share_cpus(workers, 8, given)
+    assert tuple(given.get(name) for name in resources.THREADS) == expected
 
 
 def test_a_large_node_s_cpus_are_not_all_for_one_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert darwin_cpus.default_workers(made_up(tmp_path / "unlimited", "0::/")) == darwin_cpus.UNLIMITED_WORKERS
+    assert resources.default_workers(made_up(tmp_path / "unlimited", "0::/")) == resources.UNLIMITED_WORKERS
     limited = made_up(tmp_path / "limited", "0::/", **{"cpu.max": "750000 100000"})
-    assert darwin_cpus.default_workers(limited) == 8
+    assert resources.default_workers(limited) == 8
 
 
 def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +431,7 @@ def scores(served: Served, row: Any) -> Any:
 @contextlib.contextmanager
 def started(path: Path, proof_seconds: float = 60, **env: object) -> Iterator[Served]:
     """The role with two workers, however it ends; its copies have `proof_seconds` to prove themselves."""
-    code = f"import sys, darwin_serve as s; s.darwin_workers.PROOF_SECONDS = {proof_seconds}; sys.exit(s.main())"
+    code = f"import sys, darwin_serve as s; s.workers_module.PROOF_SECONDS = {proof_seconds}; sys.exit(s.main())"
     environ = clean_environ(**{"MODEL_LOCAL_PATH": path, "HOST": "127.0.0.1", "PORT": 0, "WORKERS": 2, **env})
     process = prepared.start("-c", code, env=environ, stderr=subprocess.PIPE)
     assert process.stderr

@@ -1,0 +1,1 @@
+"""Runs predictions: admission, batching, and worker processes."""

@@ -1,0 +1,1 @@
+"""The server: connections, routes, who gets in, and what operators see."""

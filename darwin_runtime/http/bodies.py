@@ -1,0 +1,75 @@
+"""Bodies of requests, read within bounds: of each, and of all that arrive at the same time."""
+
+from __future__ import annotations
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from darwin_runtime.engine.batching import Overloaded
+from darwin_runtime.protocols.base import Headers, TooLarge
+
+# What is no longer than this counts for nothing: the connections it comes through are counted.
+SMALL_BYTES = 64 * 1024
+
+# How many of the largest may arrive at the same time.
+LARGEST_AT_ONCE = 2
+
+
+class Bodies:
+    """Reads bodies of at most `most` bytes; `arriving` is what those that are large and not complete occupy."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.arriving = 0
+
+    async def read(self, receive: Receive, headers: Headers) -> bytes:
+        """A whole body. Raises `TooLarge`, `Overloaded`, and `ClientDisconnect` also of one who was too slow.
+
+        After the first two the connection has to be closed.
+        """
+        declared = headers.get(b"content-length", b"")
+        if len(declared) > 15 or int(declared or 0) > self.most:
+            if b"expect" not in headers:
+                await self._discard(receive, int(declared[:15]))
+            raise self._too_large()
+        message = await receive()
+        if message["type"] == "http.request" and not message["more_body"] and len(message["body"]) <= self.most:
+            only: bytes = message["body"]
+            return only
+        parts: list[bytes] = []
+        size = held = 0
+        try:
+            while True:
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                parts.append(message["body"])
+                size += len(message["body"])
+                if size > SMALL_BYTES:
+                    self.arriving += size - held
+                    held = size
+                crowded = self.arriving > LARGEST_AT_ONCE * self.most
+                if size > self.most or crowded:
+                    parts.clear()
+                    self.arriving -= held
+                    held = 0
+                    if message["more_body"]:
+                        await self._discard(receive, size)
+                    raise Overloaded(1) if crowded else self._too_large()
+                if not message["more_body"]:
+                    return b"".join(parts)
+                message = await receive()
+        finally:
+            self.arriving -= held
+
+    async def _discard(self, receive: Receive, size: int) -> None:
+        """Have the client send the rest, if it is not too much more: many listen for an answer only then."""
+        while size <= 2 * self.most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            size += len(message["body"])
+            if not message["more_body"]:
+                return
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is larger than {self.most} bytes (MAX_BODY_MB)")

@@ -1,0 +1,1 @@
+"""Bytes to rows and back, a module for each protocol. Pure functions over `schema`."""

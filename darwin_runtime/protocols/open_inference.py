@@ -1,0 +1,511 @@
+"""The Open Inference Protocol (KServe V2) to rows and back, with the binary tensor extension. Pure functions.
+
+Sources: https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md and, for
+the extension, https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
+
+A request's tensors are either one for each column of the signature, of shape [n] or [n, 1], or one of shape
+[n, columns] that holds whole rows; for signatures of tensors, they are those.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from darwin_runtime.engine.batching import Request
+from darwin_runtime.protocols.base import METHOD, Headers, Malformed, Reply, how, read_object
+from darwin_runtime.protocols.encoding import Unwritable, dump, plain
+from darwin_runtime.schema.datatypes import Array, Spec
+from darwin_runtime.schema.tabular import ColumnPlan, Contract, HintedPlan, Rows, TensorPlan, UncheckedPlan
+
+BINARY = "application/octet-stream"
+LENGTH = "Inference-Header-Content-Length"
+EXTENSIONS = ("binary_tensor_data",)
+
+BYTES = "BYTES"
+NUMBERS = {
+    "BOOL": "?",
+    "UINT8": "<u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "INT8": "<i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+}
+_DATATYPES = {np.dtype(code).newbyteorder("="): name for name, code in NUMBERS.items()}
+
+# What stands for MLflow's types of columns.
+COLUMNS = {"boolean": "BOOL", "integer": "INT32", "long": "INT64", "float": "FP32", "double": "FP64"}
+
+# As many as any numpy can have.
+MOST_AXES = 32
+
+# Request parameters that are the protocol's own.
+WANTS_BINARY = "binary_data_output"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One of a request. `values` are flat, in row-major order, as JSON would have them, or numbers as an array."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    values: Any
+
+    def nested(self) -> Any:
+        """Lists in lists, as other protocols have them."""
+        if isinstance(self.values, np.ndarray):
+            return _numbers(self.values).reshape(self.shape).tolist()
+        array = np.empty(len(self.values), dtype=object)
+        array[:] = self.values
+        return array.reshape(self.shape).tolist()
+
+    def column(self) -> list[Any] | None:
+        """A value for each row; None if a row has more."""
+        if len(self.shape) != 1 and self.shape[1:] != (1,):
+            return None
+        return list(_numbers(self.values).tolist()) if isinstance(self.values, np.ndarray) else self.values
+
+
+def _numbers(values: Array) -> Array:
+    """With None for NaN, as JSON would have it."""
+    missing = np.isnan(values) if values.dtype.kind == "f" else None
+    if missing is None or not missing.any():
+        return values
+    with_none = values.astype(object)
+    with_none[missing] = None
+    return with_none
+
+
+# Requests
+
+
+def read_infer(body: bytes, headers: Headers, contract: Contract) -> Request:
+    """Raises `Malformed` or `InputError`."""
+    head, tail = _parts(body, headers.get(LENGTH.lower().encode()))
+    return read_object(head, contract.plan, lambda request: _infer(request, tail, contract))
+
+
+def _infer(request: dict[str, Any], tail: memoryview, contract: Contract) -> Request:
+    tensors = _tensors(request.get("inputs"), tail)
+    parameters = _parameters(request, "the request")
+    params, method = how(parameters, contract)
+    wanted, label = _wanted(request.get("outputs"), contract)
+    if label and METHOD in parameters and label != (method or contract.method):
+        raise Malformed(f"output {label!r} is asked for, and {method or contract.method!r} by {METHOD}")
+    if label and label != contract.method:
+        method = label
+    name = request.get("id")
+    if name is not None and not isinstance(name, str):
+        raise Malformed("id must be a string")
+    form = Form(name, method or contract.method, label, wanted, bool(parameters.get(WANTS_BINARY)))
+    write = partial(write_infer, contract=contract, form=form)
+    return Request(_rows(tensors, contract), params, write, method)
+
+
+def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
+    if length is None:
+        return body, memoryview(b"")
+    if not length.isdigit() or len(length) > 18 or int(length) > len(body):
+        raise Malformed(f"{LENGTH} must be the number of bytes of JSON, at most the {len(body)} of the body")
+    return body[: int(length)], memoryview(body)[int(length) :]
+
+
+def _parameters(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    parameters = given.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise Malformed(f"the parameters of {whose} must be an object")
+    return parameters
+
+
+def _tensors(inputs: Any, tail: memoryview) -> list[Tensor]:
+    if not isinstance(inputs, list) or not inputs:
+        raise Malformed("inputs must be a list of at least one tensor")
+    tensors: dict[str, Tensor] = {}
+    for given in inputs:
+        name = given.get("name") if isinstance(given, dict) else None
+        if not isinstance(name, str):
+            raise Malformed("each of inputs must be an object with name, shape, datatype and data")
+        if name in tensors:
+            raise Malformed(f"input {name[:100]!r} is there twice")
+        tensors[name], tail = _tensor(given, name, tail)
+    if tail:
+        raise Malformed(f"{len(tail)} bytes are left over after the last input")
+    return list(tensors.values())
+
+
+def _tensor(given: Mapping[str, Any], whole_name: str, tail: memoryview) -> tuple[Tensor, memoryview]:
+    """The tensor, and what of the binary data belongs to those after it."""
+    name = whole_name[:100]
+    datatype, shape = given.get("datatype"), _shape(given.get("shape"), name)
+    if not isinstance(datatype, str) or (datatype != BYTES and datatype not in NUMBERS):
+        raise Malformed(f"input {name!r}: unknown datatype {_shown(datatype)}, it may be {', '.join(NUMBERS)}, {BYTES}")
+    count = math.prod(shape)
+    size = _parameters(given, f"input {name!r}").get("binary_data_size")
+    if size is None:
+        values = _flat(given.get("data"), count, name, shape)
+        _check(values, datatype, name)
+        return Tensor(whole_name, datatype, shape, values), tail
+    if type(size) is not int or not 0 <= size <= len(tail):
+        raise Malformed(
+            f"input {name!r}: binary_data_size {_shown(size)} is not within the {len(tail)} bytes that are left"
+        )
+    if "data" in given:
+        raise Malformed(f"input {name!r}: there may be data or binary_data_size, not both")
+    part, tail = tail[:size], tail[size:]
+    binary = _texts(part, count, name) if datatype == BYTES else _array(part, count, datatype, name, shape)
+    return Tensor(whole_name, datatype, shape, binary), tail
+
+
+def _shown(value: Any) -> str:
+    """The beginning of it; a list or an object can be nested too deep to be shown."""
+    if isinstance(value, (list, dict)):
+        return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return repr(str(value)[:50])
+
+
+def _shape(given: Any, name: str) -> tuple[int, ...]:
+    good = isinstance(given, list) and 0 < len(given) <= MOST_AXES
+    if not good or any(type(part) is not int or not 0 < part < 2**63 for part in given):
+        raise Malformed(f"input {name!r}: shape must be a list of at most {MOST_AXES} lengths, none of them 0")
+    return tuple(given)
+
+
+def _flat(data: Any, count: int, name: str, shape: Sequence[int]) -> list[Any]:
+    """`data`, flat or nested as `shape` is, as a flat list of `count` values."""
+    if not isinstance(data, list):
+        raise Malformed(f"input {name!r}: data must be a list")
+    level = data
+    for axis, length in enumerate(shape[1:], 1):
+        if not level or not isinstance(level[0], list):
+            break
+        if any(not isinstance(part, list) or len(part) != length for part in level):
+            raise Malformed(
+                f"input {name!r}: data is not nested as its shape {list(shape)}: axis {axis} is not {length} long"
+            )
+        level = [value for part in level for value in part]
+    if len(level) != count:
+        raise Malformed(f"input {name!r}: data has {len(level)} values, and its shape {list(shape)} stands for {count}")
+    return level
+
+
+_KINDS: dict[str, set[type]] = {"BOOL": {bool}, BYTES: {str, type(None)}}
+_FLOATS: set[type] = {int, float, type(None)}
+
+
+def _check(values: list[Any], datatype: str, name: str) -> None:
+    """Raise `Malformed` unless `values`, of JSON, are of the type that the client says they are."""
+    allowed = _KINDS.get(datatype) or (_FLOATS if datatype.startswith("FP") else {int})
+    if odd := set(map(type, values)) - allowed:
+        example = next(value for value in values if type(value) in odd)
+        raise Malformed(f"input {name!r}: {_shown(example)} is no {datatype}")
+    if allowed == {int} and values:
+        limits = np.iinfo(NUMBERS[datatype])
+        if min(values) < limits.min or max(values) > limits.max:
+            raise Malformed(f"input {name!r}: not all values are within {datatype}")
+
+
+def _array(part: memoryview, count: int, datatype: str, name: str, shape: Sequence[int]) -> Array:
+    dtype = np.dtype(NUMBERS[datatype])
+    if len(part) != count * dtype.itemsize:
+        needed = f"{count * dtype.itemsize} for shape {list(shape)} of {datatype}"
+        raise Malformed(f"input {name!r}: binary_data_size is {len(part)}, and has to be {needed}")
+    if datatype == "BOOL" and bytes(part).strip(b"\0\1"):
+        raise Malformed(f"input {name!r}: a BOOL is a byte of 0 or 1")
+    # A copy, since where the data begins may suit no number.
+    return np.frombuffer(bytes(part), dtype)
+
+
+def _texts(part: memoryview, count: int, name: str) -> list[Any]:
+    values: list[Any] = []
+    at = 0
+    while at < len(part):
+        if at + 4 > len(part):
+            raise Malformed(f"input {name!r}: its binary data ends within the length of element {len(values)}")
+        (length,) = struct.unpack_from("<I", part, at)
+        at += 4
+        if length > len(part) - at:
+            raise Malformed(
+                f"input {name!r}: element {len(values)} is said to have {length} bytes, {len(part) - at} are left"
+            )
+        values.append(bytes(part[at : at + length]))
+        at += length
+    if len(values) != count:
+        raise Malformed(
+            f"input {name!r}: its binary data holds {len(values)} elements, and its shape stands for {count}"
+        )
+    return values
+
+
+def _wanted(outputs: Any, contract: Contract) -> tuple[dict[str, bool | None] | None, str]:
+    """Which outputs are wanted, and whether in binary; and a method, if one is asked for as MLServer's clients do."""
+    if outputs is None or outputs == []:
+        return None, ""
+    if not isinstance(outputs, list) or not all(
+        isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
+    ):
+        raise Malformed("outputs must be a list of objects with a name")
+    wanted = {each["name"]: _parameters(each, f"output {each['name']!r}").get("binary_data") for each in outputs}
+    asked = [name for name in wanted if name in contract.methods and name not in _names(contract)]
+    if asked and len(wanted) > 1:
+        raise Malformed(f"outputs {', '.join(wanted)[:200]} cannot be had at once: ask for one of them at a time")
+    return wanted, asked[0] if asked else ""
+
+
+def _names(contract: Contract) -> list[str]:
+    return [spec["name"] for spec in contract.outputs if spec.get("name") is not None]
+
+
+# Rows
+
+
+def _rows(tensors: Sequence[Tensor], contract: Contract) -> Rows:
+    plan = contract.plan
+    if isinstance(plan, UncheckedPlan):
+        return _unchecked(tensors)
+    if isinstance(plan, TensorPlan):
+        named = {tensor.name: _texted(tensor, binary=False).nested() for tensor in tensors}
+        return plan.instances(named if plan.named else named[_only(tensors).name])
+    if isinstance(plan, HintedPlan):
+        return plan.instances(_texted(_only(tensors), binary=False).nested())
+    cells = {column.key: column.cell for column in plan.columns}
+    if whole := _whole_rows(tensors, plan):
+        count, width = whole.shape
+        rows = (plan.numbers if isinstance(whole.values, np.ndarray) else plan.flat)(whole.values, (count, width))
+        if rows is not None:
+            return rows
+        return plan.split(None, _texted(whole, binary=False).nested())
+    columns = {}
+    for position, tensor in enumerate(tensors):
+        name = tensor.name if plan.named else str(position)
+        cell = cells.get(name)
+        tensor = _texted(tensor, binary=cell is not None and cell.name == "binary")
+        column = tensor.column()
+        if cell is not None and cell.nested and tensor.datatype == BYTES and column is not None:
+            column = [value if value is None else cell.from_text(value) for value in column]
+        columns[name] = tensor.nested() if column is None else column
+    return plan.arrays(columns)
+
+
+def _whole_rows(tensors: Sequence[Tensor], plan: ColumnPlan) -> Tensor | None:
+    """The tensor that is the whole table, if it is one."""
+    tensor = tensors[0]
+    alone = len(tensors) == 1 and len(tensor.shape) == 2 and tensor.name not in {column.key for column in plan.columns}
+    return tensor if alone else None
+
+
+def _only(tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) > 1:
+        raise Malformed(f"the model takes one input, not {len(tensors)}")
+    return tensors[0]
+
+
+def _texted(tensor: Tensor, *, binary: bool) -> Tensor:
+    """Bytes of the binary extension as JSON has them: text, or base64 for a column of bytes."""
+    if isinstance(tensor.values, np.ndarray) or not tensor.values or type(tensor.values[0]) is not bytes:
+        return tensor
+    try:
+        values = [base64.b64encode(v).decode() if binary else v.decode() for v in tensor.values]
+    except UnicodeDecodeError as error:
+        raise Malformed(f"input {tensor.name[:100]!r} is not UTF-8: {error}") from None
+    return Tensor(tensor.name, tensor.datatype, tensor.shape, values)
+
+
+def _unchecked(tensors: Sequence[Tensor]) -> Rows:
+    """Arrays of the types that the client names, for nothing else names any; several columns are a table."""
+    arrays = {tensor.name: _typed(tensor) for tensor in tensors}
+    first = next(iter(arrays.values()))
+    value: Any = first
+    if len(arrays) > 1:
+        columns = all(array.size == len(array) == len(first) for array in arrays.values())
+        value = pd.DataFrame({name: array.ravel() for name, array in arrays.items()}) if columns else arrays
+    return Rows(value, len(first), doubtful=True)
+
+
+def _typed(tensor: Tensor) -> Array:
+    if tensor.datatype == BYTES:
+        return np.array(_texted(tensor, binary=False).values, dtype=object).reshape(tensor.shape)
+    with np.errstate(over="ignore"):
+        array = np.array(tensor.values, dtype=NUMBERS[tensor.datatype]).reshape(tensor.shape)
+    # JSON has no infinity, so there it has become one.
+    if type(tensor.values) is list and array.dtype.kind == "f" and np.isinf(array).any():
+        raise Malformed(f"input {tensor.name[:100]!r}: not all values are within {tensor.datatype}")
+    return array
+
+
+# Answers
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a client wants the answer: with its `id`, from which method, and called by what `label`, if not as usual.
+
+    `wanted` says which outputs, and whether each is to be `binary`, if it is not as for all.
+    """
+
+    id: str | None
+    method: str
+    label: str
+    wanted: Mapping[str, bool | None] | None
+    binary: bool
+
+
+def write_infer(output: Any, contract: Contract, form: Form) -> Reply:
+    """Raises `Unwritable`, and `Malformed` for an output that the model hasn't got."""
+    named = {form.label: output} if form.label else _outputs(output, contract, form.method)
+    # A column's values are told as one, as the metadata does.
+    columns = form.method == contract.method and any(spec["type"] != "tensor" for spec in contract.outputs)
+    found = {key: _array_of(values, column=columns) for key, values in named.items()}
+    wanted = dict.fromkeys(found) if form.wanted is None else form.wanted
+    if absent := [key for key in wanted if key not in found]:
+        raise Malformed(f"there is no output {absent[0][:100]!r}: there is {', '.join(found)}")
+    outputs, buffers = [], []
+    for key, asked in wanted.items():
+        array = found[key]
+        datatype = _DATATYPES.get(array.dtype, BYTES)
+        described: dict[str, Any] = {"name": key, "datatype": datatype, "shape": list(array.shape)}
+        if form.binary if asked is None else asked:
+            little = array.dtype.newbyteorder("<")
+            buffers.append(_packed(array) if datatype == BYTES else array.astype(little, copy=False).tobytes())
+            described["parameters"] = {"binary_data_size": len(buffers[-1])}
+        else:
+            flat = array.ravel()
+            described["data"] = [_text(value) for value in flat] if datatype == BYTES else flat.tolist()
+        outputs.append(described)
+    answer: dict[str, Any] = {"model_name": contract.name}
+    if contract.version:
+        answer["model_version"] = contract.version
+    if form.id is not None:
+        answer["id"] = form.id
+    head = dump({**answer, "outputs": outputs})
+    if not buffers:
+        return Reply(200, head)
+    return Reply(200, b"".join([head, *buffers]), BINARY, ((LENGTH, str(len(head))),))
+
+
+def _outputs(output: Any, contract: Contract, method: str) -> dict[str, Any]:
+    """The tensors in `output`, by name: those of the signature, else the method's."""
+    if isinstance(output, list) and output and all(isinstance(row, dict) for row in output):
+        output = pd.DataFrame(output)
+    if isinstance(output, pd.DataFrame):
+        return {str(key): output[key] for key in output.columns}
+    if isinstance(output, dict):
+        return {str(key): value for key, value in output.items()}
+    names = _names(contract) if method == contract.method else []
+    if isinstance(output, np.ndarray) and len(names) > 1 and output.shape[1:] == (len(names),):
+        return dict(zip(names, output.T, strict=True))
+    return {names[0] if len(names) == 1 else method: output}
+
+
+def _array_of(values: Any, *, column: bool) -> Array:
+    """Numbers of a type that the protocol has, or objects; of two dimensions at least if it is a `column`."""
+    column = column or isinstance(values, pd.Series)
+    try:
+        array = np.asarray(_listed(values))
+    except ValueError:  # lists of several lengths
+        array = np.fromiter(values, dtype=object, count=len(values))
+    native = array.dtype.newbyteorder("=")
+    if array.dtype.kind == "M":
+        array = np.array(plain(array), dtype=object)
+    else:
+        array = array.astype(native if native in _DATATYPES else object, copy=False)
+    if column and array.ndim == 1:
+        return array.reshape(-1, 1)
+    return np.ascontiguousarray(np.atleast_1d(array))
+
+
+def _listed(values: Any) -> Any:
+    if hasattr(values, "toarray"):
+        return values.toarray()
+    return values.to_numpy() if isinstance(values, (pd.Series, pd.Index)) else values
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    try:
+        made = plain(value)
+    except TypeError as error:
+        raise Unwritable(f"the model's output has no form as a tensor: {error}") from error
+    return made if isinstance(made, str) else dump(made).decode()
+
+
+def _packed(array: Array) -> bytes:
+    parts = []
+    for value in array.ravel():
+        data = value if isinstance(value, bytes) else _text(value).encode()
+        parts += [struct.pack("<I", len(data)), data]
+    return b"".join(parts)
+
+
+# Metadata
+
+
+def server_metadata(version: str) -> Reply:
+    return Reply(200, dump({"name": "darwin-serve-runtime", "version": version, "extensions": EXTENSIONS}))
+
+
+def model_metadata(contract: Contract, flavor: str) -> Reply:
+    outputs = [_described(spec, index) for index, spec in enumerate(contract.outputs)]
+    if len(outputs) == 1 and contract.outputs[0].get("name") is None:
+        outputs[0]["name"] = contract.method
+    body = {
+        "name": contract.name,
+        "versions": [contract.version] if contract.version else [],
+        "platform": f"mlflow_{flavor}",
+        "inputs": [_described(spec, index) for index, spec in enumerate(contract.plan.specs)],
+        "outputs": outputs,
+    }
+    return Reply(200, dump(body))
+
+
+def _described(spec: Spec, index: int) -> dict[str, Any]:
+    name = spec.get("name")
+    if spec["type"] == "tensor":
+        dtype, shape = np.dtype(spec["tensor-spec"]["dtype"]), list(spec["tensor-spec"]["shape"])
+        return {"name": name or "input", "datatype": _DATATYPES.get(dtype, BYTES), "shape": shape}
+    return {
+        "name": str(index if name is None else name),
+        "datatype": COLUMNS.get(spec["type"], BYTES),
+        "shape": [-1, 1],
+    }
+
+
+def tensors(contract: Contract, sample: Any) -> list[dict[str, Any]]:
+    """The inputs of a request for one row; `sample` is that as Darwin's form has it."""
+    made = []
+    for index, spec in enumerate(contract.plan.specs):
+        described = _described(spec, index)
+        value = sample.get(described["name"]) if isinstance(sample, dict) else sample
+        if value is None:
+            continue
+        shape = [1, 1]
+        if spec["type"] == "tensor":
+            array = np.array(value, dtype=object)
+            # The sample is one row, where the tensor's first axis is rows.
+            shape = [*([1] if described["shape"][0] == -1 else []), *array.shape]
+            data = array.ravel().tolist()
+        else:
+            data = [value if described["datatype"] != BYTES or isinstance(value, str) else dump(value).decode()]
+        made.append({**described, "shape": shape, "data": data})
+    return made

@@ -1,0 +1,174 @@
+"""The layout of OUTPUT_PATH, where a pod's main container finds its model.
+
+    <output>/
+      MLmodel, ...             the model's top-level entries: the files themselves, or links into the cache
+      model -> ...             for charts that serve <output>/model: to `.`, or to the model in the cache
+      .darwin-output.json      what was put here, so that the next run can tell its own entries from other people's
+      .darwin-staging/         a download under way
+
+OUTPUT_PATH is usually a mount point, so it can't be replaced by one rename. `MLmodel` is taken away first and put back
+last: whoever finds it finds a whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from darwin_runtime.logs import RoleError
+from darwin_runtime.storage import disk
+from darwin_runtime.storage import manifest as manifest_module
+from darwin_runtime.storage.manifest import MANIFEST_BYTES, MODEL_FILE, Manifest, summary
+
+RECORD = ".darwin-output.json"
+STAGING = ".darwin-staging"
+MODEL_LINK = "model"
+_KEY = "key"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run put into an output: the model's key, its manifest, and the names of the top-level entries."""
+
+    key: str
+    manifest: Manifest
+    entries: list[str]
+
+
+def read(output: Path) -> Record | None:
+    """The record of the last run; None when there is none, or none that can be read."""
+    try:
+        # As much again as its manifest has.
+        data = json.loads(disk.read_small(output / RECORD, 2 * MANIFEST_BYTES))
+        entries = [str(name) for name in data["entries"]]
+        if any(name in ("", ".", "..") or "/" in name for name in entries):
+            return None  # what is removed by these names must be directly in the output
+        return Record(str(data["key"]), Manifest.parse(json.dumps(data["manifest"])), entries)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def held(output: Path, verify: str = "size", *, model_uri: str | None = None, key: str | None = None) -> Record | None:
+    """The record of the model at the output, if that is a whole copy, and is of `model_uri` or has `key`, where given.
+
+    The files themselves are looked at, as far as `verify` says, and last; what is only linked is no copy.
+    """
+    record = read(output)
+    if record is None or key not in (None, record.key) or model_uri not in (None, record.manifest.model_uri):
+        return None
+    return record if _is_whole(output, record, verify) else None
+
+
+def clear(output: Path) -> None:
+    """Take away what runs have put here, and what they left staged; what others have put here stays."""
+    unstage(output)
+    if record := read(output):
+        # As when it is replaced: without `MLmodel` there is no model.
+        for name in (MODEL_FILE, *record.entries, *_model_link(output), RECORD):
+            disk.remove_tree(output / name)
+
+
+def _model_link(output: Path) -> list[str]:
+    return [MODEL_LINK] if (output / MODEL_LINK).is_symlink() else []
+
+
+def _is_whole(output: Path, record: Record, verify: str) -> bool:
+    linked = any((output / name).is_symlink() for name in record.entries)
+    return not linked and not record.manifest.damage(output, verify)
+
+
+def stage(output: Path, key: str) -> Path:
+    """A directory, on the output's own file system, to put the model `key` together in: with what an earlier run left
+    of it, otherwise empty."""
+    staging = output / STAGING
+    mark = staging / _KEY
+    if not (mark.is_file() and mark.read_text(encoding="utf-8") == key):
+        disk.remove_tree(staging)
+        staging.mkdir(parents=True)
+        disk.write_atomically(mark, key)
+    return staging
+
+
+def unstage(output: Path) -> None:
+    """Remove what an earlier run left staged."""
+    disk.remove_tree(output / STAGING)
+
+
+def staged(staging: Path) -> tuple[Path, Path]:
+    """Where the model is in a staging directory, and where its parts are."""
+    return staging / "model", staging / "parts"
+
+
+def move(staging: Path, output: Path, key: str, manifest: Manifest) -> None:
+    """Put the staged files at the output. Raises `RoleError` when they are not what the manifest says."""
+    if damage := manifest.damage(staging):
+        raise RoleError(f"not placed, {summary(damage)}")
+    disk.sync_tree(staging)
+    _place(staging, output, key, manifest, lambda source, target: source.rename(target), ".")
+    unstage(output)
+
+
+def link(model: Path, output: Path, key: str, manifest: Manifest) -> None:
+    """Put links to the cached model's entries at the output, unless they are there."""
+    if not _links(output, key, model):
+        _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), str(model))
+
+
+def _links(output: Path, key: str, model: Path) -> bool:
+    """Whether the output is links to the model `key` in `model`."""
+    record, entries = read(output), sorted(os.listdir(model))
+    if not record or record.key != key or record.entries != entries or not os.path.lexists(output / MODEL_LINK):
+        return False
+    try:
+        return all((output / name).readlink() == model / name for name in entries)
+    except OSError:
+        return False  # something else than a link is there, or nothing
+
+
+def copy(model: Path, output: Path, key: str, manifest: Manifest) -> None:
+    """Put a copy of the cached model at the output, for main containers that don't mount the cache."""
+    unstage(output)
+    copied, _ = staged(output / STAGING)
+    for file in manifest.files:
+        target = copied / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if manifest_module.copy(model / file.path, target) != file.sha256:
+            raise RoleError(f"not placed, {model / file.path}: not the bytes that were downloaded (sha256)")
+    move(copied, output, key, manifest)
+
+
+def _place(
+    model: Path,
+    output: Path,
+    key: str,
+    manifest: Manifest,
+    put: Callable[[Path, Path], object],
+    model_link: str,
+) -> None:
+    entries = sorted(path.name for path in model.iterdir())
+    before = read(output)
+    disk.remove_tree(output / MODEL_FILE)
+    # Written before anything is placed: a run that dies in between must not leave entries that nobody owns.
+    owned = set(entries) | set(before.entries if before else ())
+    disk.write_atomically(output / RECORD, _dump(key, manifest, sorted(owned)))
+    for name in owned:
+        disk.remove_tree(output / name)
+    for name in _model_file_last(entries):
+        put(model / name, output / name)
+    link = output / MODEL_LINK
+    if MODEL_LINK not in entries and (link.is_symlink() or not link.exists()):
+        disk.remove_tree(link)
+        link.symlink_to(model_link)
+    disk.write_atomically(output / RECORD, _dump(key, manifest, entries))
+
+
+def _model_file_last(names: list[str]) -> Iterator[str]:
+    yield from (name for name in names if name != MODEL_FILE)
+    yield MODEL_FILE
+
+
+def _dump(key: str, manifest: Manifest, entries: list[str]) -> str:
+    return json.dumps({"key": key, "manifest": json.loads(manifest.dump()), "entries": entries})
