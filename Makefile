@@ -87,7 +87,7 @@ image-report: $(READY) $(BASE) $(STORAGE)  ## Compare the image's size and packa
 	$(BIN)/python -m image.report
 
 rollouts: $(READY)  ## Restart servers under load 20 times, RESTARTS says otherwise; no request may fail
-	RESTARTS=$(or $(RESTARTS),20) $(BIN)/pytest tests/test_rollout.py $(ARGS)
+	RESTARTS=$(or $(RESTARTS),20) $(BIN)/pytest tests/roles/test_rollout.py $(ARGS)
 
 soak: soak-cache soak-kills soak-serve  ## Run these three
 
@@ -99,11 +99,11 @@ soak-cache: $(READY)  ## Run the cache's simulation for a million steps, STEPS a
 	$(BIN)/python -m tests.simulation --steps $(or $(STEPS),1000000) --seed $(or $(SEED),1) --no-locks
 
 soak-kills: $(READY)  ## Kill downloads and cleanups at every step, and at 300 random times; ask 100,000 mixed requests
-	SHARE=1 $(BIN)/pytest tests/test_crash.py tests/test_mixed_clients.py
+	SHARE=1 $(BIN)/pytest tests/storage/test_crash.py tests/protocols/test_mixed_clients.py
 
 fuzz: $(READY)  ## Feed a million inputs to all that reads requests, and try properties at length; RUNS and EXAMPLES say otherwise
 	$(BIN)/python -m tests.fuzz all --runs $(or $(RUNS),1000000)
-	EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -q tests/test_properties.py
+	EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -q tests/protocols/test_properties.py
 
 lint: $(READY)  ## Check style, format and types
 	$(BIN)/ruff check .

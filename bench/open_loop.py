@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import uvloop
 
 from bench.servers import SERVERS
-from tests.connection import Answer, Broken, Connection, request
+from tests.support.connection import Answer, Broken, Connection, request
 
 # A request that is sent so long after it was due was sent late.
 LATE_SECONDS = 0.01

@@ -16,8 +16,8 @@ from bench.outcome import Outcome, Row, void_text
 from bench.processes import Failed
 from bench.samples import Sample
 from bench.servers import OURS, SERVERS, Started
-from tests.balancer import Backend, Balancer, Clients, Probe, Seen
-from tests.connection import Answer, request
+from tests.support.balancer import Backend, Balancer, Clients, Probe, Seen
+from tests.support.connection import Answer, request
 
 MODEL = "logistic"
 

@@ -21,7 +21,7 @@ from image import build
 from image.wheelhouse import Target
 from tests.conftest import mlflow_serving
 from tests.image.containers import LOCKED, TMP, run
-from tests.registry import log_model
+from tests.support.registry import log_model
 
 PEERS = Path(__file__).parent / "peers"
 

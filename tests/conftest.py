@@ -22,16 +22,26 @@ import pytest
 import requests
 
 from darwin_runtime.storage.cache import Cache
-from tests import prepared, shared
-from tests.apiserver import ApiServer
-from tests.share import SEED, SHARE
+from tests.support import prepared, shared
+from tests.support.apiserver import ApiServer
+from tests.support.share import SEED, SHARE
 
 ROOT = prepared.ROOT
 
 # These files take longest. A process of pytest-xdist takes a file at a time, and no long one may come last.
 LONGEST = (
-    *("download", "serve", "hostile", "workers", "journey", "hostile_registry", "schema", "fuzz", "estimators"),
-    *("simulation", "crash", "secrets", "connections", "mixed_clients", "fetch", "properties", "pin"),
+    *(
+        "download",
+        "serve",
+        "hostile",
+        "workers",
+        "journey",
+        "hostile_registry",
+        "openapi_contract",
+        "fuzz",
+        "estimators",
+    ),
+    *("simulation", "crash", "secrets", "connections", "mixed_clients", "resolve", "properties", "digest"),
 )
 
 
@@ -126,7 +136,7 @@ def serving_environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ours(serving_environment: None) -> Iterator[Callable[[str], str]]:
     """The URL of our application in this process, now answering with the model that it is called with."""
-    from tests.servers import switching
+    from tests.support.servers import switching
 
     with switching() as switch:
         yield switch

@@ -73,7 +73,7 @@ def _fuzz(target: str, runs: int, seconds: int, seed: int) -> None:
     if seconds:
         faulthandler.dump_traceback_later(seconds + HUNG_SECONDS, exit=True)
     with atheris.instrument_imports(include=list(MODULES)):
-        from tests.hostile import SELF_TEST, TARGETS, TOKENS, VALUES
+        from tests.support.hostile import SELF_TEST, TARGETS, TOKENS, VALUES
 
     run, seeds = (TARGETS | SELF_TEST)[target]
     prefix = PREFIX.get(target, 1)
@@ -123,7 +123,7 @@ def _escaped(token: str) -> str:
 
 def _all(runs: int, seconds: int, seed: int) -> int:
     """Fuzz each target in a process of its own, `runs` and `seconds` being for all together; print a table."""
-    from tests.hostile import TARGETS
+    from tests.support.hostile import TARGETS
 
     print(f"{'target':12} {'inputs':>9} {'edges':>6} {'features':>8} {'seconds':>8}")
     failed, inputs, began = [], 0, time.monotonic()
@@ -158,7 +158,7 @@ def main() -> int:
     if given.target == "all":
         return _all(given.runs, given.seconds, given.seed)
     if given.input:
-        from tests.hostile import SELF_TEST, TARGETS
+        from tests.support.hostile import SELF_TEST, TARGETS
 
         (TARGETS | SELF_TEST)[given.target].run(given.input.read_bytes())
         return 0

@@ -38,8 +38,8 @@ from darwin_runtime.storage import disk, transfer
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.resolve import RemoteFile, Source
 from darwin_runtime.storage.transfer import Deadline
-from tests.apiserver import pod
-from tests.killing import paths_within
+from tests.support.apiserver import pod
+from tests.support.killing import paths_within
 
 MODELS = ("m1", "m2", "m3")
 PODS = ("a", "b", "c", "d")

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests import tensors
 from tests.conftest import wait_until
-from tests.connection import Answer, Broken, Connection, json_request, request
-from tests.models import iris_table, load_pyfunc, model_path
-from tests.servers import Served, serving
+from tests.support import tensors
+from tests.support.connection import Answer, Broken, Connection, json_request, request
+from tests.support.models import iris_table, load_pyfunc, model_path
+from tests.support.servers import Served, serving
 
 # Visits a second: some fifth of a CPU for the servers.
 RATE = 100.0

@@ -32,7 +32,7 @@ from darwin_runtime.settings import Reader
 from darwin_runtime.storage import transfer
 from image import wheelhouse
 from tests.conftest import ROOT
-from tests.settings import read_by
+from tests.support.settings import read_by
 
 DEPLOY = ROOT / "deploy"
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ import requests
 
 from image import build
 from tests.conftest import Tracking, mlflow_serving, program, wait_until
-from tests.registry import client_of, log_model
+from tests.support.registry import client_of, log_model
 
 IMAGE = "localhost:5000/serve-md-runtime:latest"
 

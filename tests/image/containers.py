@@ -14,8 +14,8 @@ from typing import Any
 
 import requests
 
-from tests.apiserver import ApiServer
 from tests.conftest import Finished, wait_until
+from tests.support.apiserver import ApiServer
 
 Manifest = dict[str, Any]
 

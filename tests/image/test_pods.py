@@ -13,11 +13,11 @@ import pytest
 import requests
 import yaml
 
-from tests.apiserver import ApiServer
 from tests.conftest import Finished
 from tests.image import chart
 from tests.image.conftest import IMAGE, MLFLOW, make_readable, podman
 from tests.image.containers import Manifest, Node, Pod
+from tests.support.apiserver import ApiServer
 from tests.test_deploy import DEPLOY
 from tests.test_deploy import template as pod_template
 

@@ -18,7 +18,7 @@ import yaml
 from tests.conftest import ROOT, wait_until
 from tests.image.conftest import make_readable
 from tests.image.containers import LOCKED, TMP, run, running
-from tests.models import REQUIREMENTS, iris_table, load_pyfunc, model_path, save
+from tests.support.models import REQUIREMENTS, iris_table, load_pyfunc, model_path, save
 
 ROW = {"features": iris_table()[0].iloc[0].to_dict()}
 

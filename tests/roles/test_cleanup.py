@@ -1,0 +1,557 @@
+"""The cache CronJob: its plan by example, its deeds as a process against a real API server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cleanup
+from cleanup import DAY, GIB, Decision, InUse, Settings
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage.cache import Cache, Entry, Lease
+from darwin_runtime.storage.manifest import File, Manifest
+from tests.conftest import ROOT, Finished, clean_environ, http_server, program
+from tests.support import apiserver, prepared
+from tests.support.apiserver import ApiServer, pod
+
+A, B, C, D = (letter * 64 for letter in "abcd")
+
+
+def settings(**environ: object) -> Settings:
+    return Settings.from_env(Reader({"POD_NAME": "cleanup-1", **{name: str(value) for name, value in environ.items()}}))
+
+
+# The plan
+
+
+def entry(key: str, days: float, gib: float = 1) -> Entry:
+    return Entry(key, int(gib * GIB), days * DAY, f"models:/{key[0]}/1")
+
+
+def removed(decisions: list[Decision]) -> list[str]:
+    return [decision.entry.key[0] for decision in decisions if decision.remove]
+
+
+@pytest.mark.parametrize(
+    ("environ", "used", "expected"),
+    [
+        ({}, {}, "cd"),
+        ({"TTL_DAYS": 0.5}, {}, "bcd"),
+        ({"TTL_DAYS": 0}, {}, "abcd"),
+        ({"TTL_DAYS": 100}, {}, ""),
+        ({}, {C: {"web"}}, "d"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2.5}, {}, "cd"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 2.5}, {D: {"web"}}, "bc"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 4}, {}, ""),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3.5}, {}, "d"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3}, {}, "cd"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3, "LOW_WATERMARK_PERCENT": 100}, {}, "d"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 3.5, "LOW_WATERMARK_PERCENT": 0}, {}, "abcd"),
+        ({"TTL_DAYS": 100, "MAX_SIZE_GB": 0.1}, {key: {"web"} for key in (A, B, C, D)}, ""),
+        ({"TTL_DAYS": 9, "MAX_SIZE_GB": 3.5}, {}, "d"),
+    ],
+)
+def test_plan(environ: dict[str, object], used: dict[str, set[str]], expected: str) -> None:
+    entries = [entry(A, 0), entry(B, 1), entry(C, 8), entry(D, 30)]
+    assert "".join(removed(cleanup.plan(entries, InUse(used), settings(**environ)))) == expected
+
+
+def test_an_unmatched_pod_pins_everything() -> None:
+    decisions = cleanup.plan([entry(D, 30)], InUse(unmatched={"mystery"}), settings(MAX_SIZE_GB=0.1))
+    assert removed(decisions) == []
+    assert "mystery" in decisions[0].reason
+
+
+def test_every_decision_says_why() -> None:
+    entries = [entry(A, 0), entry(B, 1), entry(C, 8), entry(D, 30)]
+    reasons = [d.reason for d in cleanup.plan(entries, InUse({A: {"web"}}), settings(MAX_SIZE_GB=1))]
+    assert reasons == [
+        "in use by web",
+        "least recently used, to come below 90% of MAX_SIZE_GB=1",
+        "unused for TTL_DAYS=7",
+        "unused for TTL_DAYS=7",
+    ]
+
+
+# Who uses what
+
+CACHE: dict[str, Any] = {"claim": "models", "mount_path": "/model-cache"}
+
+
+def used_by(
+    *pods: dict[str, Any], leases: tuple[Lease, ...] = (), names: dict[str, str] | None = None, listed: float = 100
+) -> InUse:
+    known = {A: A, B: B} if names is None else names
+    return cleanup.in_use(pods, leases, known, listed, settings())
+
+
+@pytest.mark.parametrize("phase", ["Pending", "Running", "Unknown"])
+def test_a_lease_counts_while_its_pod_lives(phase: str) -> None:
+    lease = Lease("web", "", A, 0)
+    assert used_by(pod("web", phase=phase), leases=(lease,)).keys == {A: {"web"}}
+
+
+def test_a_terminating_pod_lives() -> None:
+    lease = Lease("web", "", A, 0)
+    dying = pod("web", deleted="2026-01-01T00:00:00Z")
+    assert used_by(dying, leases=(lease,)).keys == {A: {"web"}}
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_pod_that_ended_uses_nothing(phase: str) -> None:
+    lease = Lease("web", "", A, 0)
+    assert used_by(pod("web", phase=phase, **CACHE), leases=(lease,)) == InUse()
+
+
+def test_a_lease_newer_than_the_listing_counts() -> None:
+    assert used_by(leases=(Lease("new", "", A, 101),)).keys == {A: {"new"}}
+    assert used_by(leases=(Lease("old", "", A, 99),)).keys == {}
+
+
+def test_a_long_pod_name_is_cut_in_its_host_name() -> None:
+    name = "a-deployment-with-a-name-of-very-considerable-length-5d6f7c8b9a-x2x4z"
+    lease = Lease(name[:63], "", A, 0)
+    assert used_by(pod(name, **CACHE), leases=(lease,)) == InUse({A: {name}})
+
+
+UID = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def test_a_lease_with_a_uid_is_of_that_pod_alone() -> None:
+    """Pods may share a host name, and one that comes again has its name again."""
+    web, other = pod("web", **CACHE), pod("web-2", **CACHE)
+    web["metadata"]["uid"], web["spec"]["hostname"], other["spec"]["hostname"] = UID, "model", "model"
+    leases = (Lease("model", UID, A, 0), Lease("web", UID.replace("0", "f"), B, 0))
+    assert used_by(web, other, leases=leases) == InUse({A: {"web"}}, {"web-2"})
+    assert cleanup.dead_leases([web, other], leases, 100) == [leases[1]]
+
+
+def test_a_pod_may_be_called_as_its_host() -> None:
+    named, on_host = pod("web", **CACHE), pod("proxy", **CACHE)
+    named["spec"]["hostname"] = "model"
+    on_host["spec"] |= {"hostNetwork": True, "nodeName": "node-1"}
+    leases = (Lease("model", "", A, 0), Lease("node-1", "", B, 0))
+    assert used_by(named, on_host, leases=leases) == InUse({A: {"web"}, B: {"proxy"}})
+    assert cleanup.dead_leases([named, on_host], leases, 100) == []
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"env": {"MODEL_LOCAL_PATH": f"/model-cache/{A}/model"}},
+        {"init_env": {"WHATEVER": A}},
+        {"annotations": {"example.com/model": f"key={A}"}},
+    ],
+)
+def test_a_reference_counts(reference: dict[str, Any]) -> None:
+    assert used_by(pod("web", **reference, **CACHE)) == InUse({A: {"web"}})
+
+
+def test_an_alias_counts() -> None:
+    alias = cache_module.make_alias("shop", "models:/m/1")
+    names = {A: A, alias: A}
+    chart = pod("chart", env={"MODEL_LOCAL_PATH": f"/model-cache/{alias}/model"}, **CACHE)
+    ours = pod("ours", init_env={"DEPLOYMENT_NAME": "shop", "MODEL_URI": "models:/m/1"}, **CACHE)
+    assert used_by(chart, ours, names=names) == InUse({A: {"chart", "ours"}})
+
+
+def test_a_checksum_is_no_reference() -> None:
+    web = pod("web", annotations={"checksum/config": C}, **CACHE)
+    assert used_by(web) == InUse(unmatched={"web"})
+
+
+def test_who_mounts_the_cache_is_known_from_this_pod() -> None:
+    own = pod("cleanup-1", **CACHE)
+    elsewhere = pod("elsewhere", claim="models", mount_path="/somewhere/else")
+    database = pod("database", claim="data", mount_path="/model-cache")
+    assert used_by(own, elsewhere, database) == InUse(unmatched={"elsewhere"})
+
+
+def test_without_this_pod_the_mount_path_tells() -> None:
+    assert used_by(pod("web", **CACHE), pod("database", claim="data", mount_path="/data")) == InUse(unmatched={"web"})
+
+
+@pytest.mark.parametrize(
+    ("source", "shared"),
+    [
+        ({"nfs": {"server": "files", "path": "/models"}}, True),
+        ({"csi": {"driver": "d", "volumeAttributes": {"share": "models"}}}, True),
+        ({"azureFile": {"shareName": "models"}}, True),
+        ({"hostPath": {"path": "/srv/models"}}, True),
+        ({"emptyDir": {}}, False),
+    ],
+)
+def test_any_volume_that_pods_can_share_counts(source: dict[str, Any], shared: bool) -> None:
+    pods = [pod(name, **CACHE) for name in ("cleanup-1", "web")]
+    for each in pods:
+        each["spec"]["volumes"] = [{"name": "cache", **source}]
+    assert used_by(*pods).unmatched == ({"web"} if shared else set())
+
+
+def test_mounting_it_read_only_is_mounting_it() -> None:
+    web = pod("web", **CACHE)
+    web["spec"]["volumes"][0]["persistentVolumeClaim"]["readOnly"] = True
+    assert used_by(pod("cleanup-1", **CACHE), web).unmatched == {"web"}
+
+
+def test_a_subdirectory_of_a_mount_is_mounted_too() -> None:
+    own = pod("cleanup-1", claim="models", mount_path="/")
+    assert used_by(own, pod("web", claim="models", mount_path="/")).unmatched == {"web"}
+
+
+def test_dead_leases() -> None:
+    leases = [Lease(name, "", A, written) for name, written in [("gone", 0), ("ended", 0), ("web", 0), ("new", 200)]]
+    pods = [pod("web"), pod("ended", phase="Succeeded")]
+    assert [lease.pod for lease in cleanup.dead_leases(pods, leases, 100)] == ["gone", "ended"]
+
+
+# The process
+
+
+def publish(cache: Cache, key: str, days: float = 0, size: int = 1000) -> None:
+    content = b"x" * size
+    staging = cache.stage(key)
+    (staging / "model" / "MLmodel").write_bytes(content)
+    sha = hashlib.sha256(content).hexdigest()
+    cache.publish(staging, key, Manifest(f"models:/{key[0]}/1", {}, [File("MLmodel", size, sha)]))
+    used = time.time() - days * DAY
+    os.utime(cache.root / key / "last_used", (used, used))
+
+
+_MAIN = "import os, pathlib, sys; sys.path.insert(0, sys.argv[1]); import cleanup; "
+_MAIN += "sys.exit(cleanup.main(os.environ, pathlib.Path(sys.argv[2])))"
+
+
+def clean(cache: Path, api: ApiServer | None = None, **environ: object) -> Finished:
+    access = {**api.environ, "GRACE_SECONDS": 0} if api else {"GRACE_SECONDS": 0}
+    directory = api.directory if api else cache / "no-service-account"
+    done = prepared.run("-c", _MAIN, ROOT, directory, env=clean_environ(**{**access, "CACHE_PATH": cache, **environ}))
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def lease(cache: Cache, name: str, key: str) -> None:
+    """A lease written well before any listing."""
+    before = set((cache.root / ".leases").iterdir())
+    cache.lease(name, "/models", key)
+    [new] = set((cache.root / ".leases").iterdir()) - before
+    os.utime(new, (0, 0))
+
+
+def keys(cache: Cache) -> str:
+    return "".join(sorted(name[0] for name in os.listdir(cache.root) if cache_module.is_key(name)))
+
+
+def test_removes_exactly_what_is_expired_and_free(cache: Cache, api: ApiServer) -> None:
+    for key, days in [(A, 30), (B, 30), (C, 1)]:
+        publish(cache, key, days)
+    lease(cache, "web", A)
+    api.pods = [pod("web", phase="Pending", **CACHE)]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "ac"
+    assert not list((cache.root / ".trash").iterdir())
+    assert "in use by web (models:/a/1)" in done.err
+    assert "unused for TTL_DAYS=7 (models:/b/1)" in done.err
+    assert "removed 1 of 3 entries: 1000 B of 2.9 KiB freed" in done.last
+    assert api.requests[0].path == "/api/v1/namespaces/default/pods"
+
+
+def test_a_dry_run_only_tells(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    lease(cache, "gone", B)
+    done = clean(cache.root, api, DRY_RUN="true")
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+    assert len(cache.leases()) == 1
+    assert "DRY_RUN, would remove 1 of 1 entries" in done.last
+    assert clean(cache.root, api).code == 0
+    assert keys(cache) == ""
+    assert cache.leases() == []
+
+
+def test_by_size_the_least_recently_used_goes(cache: Cache, api: ApiServer) -> None:
+    for key, days in [(A, 3), (B, 1), (C, 2)]:
+        publish(cache, key, days, size=100_000)
+    done = clean(cache.root, api, MAX_SIZE_GB=150_000 / GIB)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+
+
+def test_being_in_use_is_being_used(cache: Cache, api: ApiServer) -> None:
+    publish(cache, A, 30)
+    lease(cache, "web", A)
+    api.pods = [pod("web")]
+    assert clean(cache.root, api).code == 0
+    [found], _ = cache.entries(cache.now())
+    assert found.idle < DAY, "or it would expire the moment its pod ends"
+
+
+@pytest.mark.parametrize("when", ["planning", "executing"])
+def test_nothing_is_removed_when_pods_can_not_be_listed(when: str, cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    api.faults = [apiserver.ok] * (when == "executing") + [apiserver.forbidden()]
+    done = clean(cache.root, api)
+    assert done.code == 1
+    assert keys(cache) == "b"
+    assert cache.damage(B) == []
+    assert not list((cache.root / ".trash").iterdir())
+    assert "kind: Role" in done.err
+    assert "namespace: default" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_outside_a_cluster_nothing_is_removed(cache: Cache) -> None:
+    publish(cache, B, 30)
+    done = clean(cache.root)
+    assert done.code == 1
+    assert keys(cache) == "b"
+    assert "run this in a pod" in done.last
+
+
+def test_a_namespace_without_pods_is_a_mistake(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    done = clean(cache.root, api, NAMESPACE="defualt")
+    assert done.code == 1
+    assert keys(cache) == "b"
+    assert "NAMESPACE=defualt has no pods" in done.last
+
+
+def test_a_pod_that_comes_late_keeps_its_entry(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+
+    def late(handler: Any) -> None:
+        api.pods = [pod("late", **CACHE)]
+        cache.lease("late", "/models", B)
+        assert cache.has(B)
+        apiserver.ok(handler)
+
+    api.faults = [apiserver.ok, late]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+    assert cache.damage(B) == []
+    assert f"kept {B}: in use by late" in done.err
+    assert done.last.endswith("removed 0 of 1 entries, 1 spared: 0 B of 1000 B freed")
+
+
+def test_a_pod_that_comes_after_the_last_look_keeps_its_entry(cache: Cache, api: ApiServer) -> None:
+    """Which no listing shows: the pod sees that the removal is announced, and vetoes it."""
+    publish(cache, B, 30)
+    writes = cache.leases
+
+    def late(handler: Any) -> None:
+        # Old enough to be of before the listing, as it looks to the cleanup; and its pod isn't listed.
+        cache.lease("late", "/models", B)
+        there = cache.which(B)
+        assert there
+        assert cache.keep(B, there)
+        [written] = writes()
+        os.utime(cache.root / ".leases" / written.name, (0, 0))
+        apiserver.ok(handler)
+
+    api.faults = [apiserver.ok, late]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+    assert f"kept {B}: a pod has just come to use it" in done.err
+    assert not list((cache.root / ".trash").iterdir())
+
+
+def test_an_entry_named_without_a_lease_comes_back(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+
+    def late(handler: Any) -> None:
+        api.pods = [pod("late", env={"MODEL_LOCAL_PATH": f"/model-cache/{B}/model"}, **CACHE)]
+        apiserver.ok(handler)
+
+    api.faults = [apiserver.ok, apiserver.ok, late]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+    assert cache.damage(B) == []
+    assert f"restored {B}: in use by late" in done.err
+    assert done.last.endswith("removed 0 of 1 entries, 1 restored: 0 B of 1000 B freed")
+
+
+def set_aside(cache: Cache, key: str) -> Path:
+    """The entry in the trash, as a cleanup leaves it that was killed."""
+    removal = cache.announce(key)
+    assert cache.carry_out(removal)
+    cache.withdraw(removal)
+    return removal.trash
+
+
+def test_what_an_earlier_run_left_in_the_trash(cache: Cache, api: ApiServer) -> None:
+    for key in (A, B):
+        publish(cache, key)
+        set_aside(cache, key)
+    lease(cache, "web", A)
+    api.pods = [pod("web", **CACHE)]
+    assert clean(cache.root, api).code == 0
+    assert keys(cache) == "a"
+    assert not list((cache.root / ".trash").iterdir())
+
+
+def test_what_another_cleanup_has_announced_is_its_own(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    cache.carry_out(cache.announce(B))
+    assert clean(cache.root, api).code == 0
+    assert len(list((cache.root / ".trash").iterdir())) == 2
+
+
+def test_a_half_deleted_entry_never_comes_back(cache: Cache, api: ApiServer) -> None:
+    """What a cleanup leaves that was killed while it deleted, and a pod that waits for its download of the same."""
+    publish(cache, A)
+    (set_aside(cache, A) / "model" / "MLmodel").unlink()
+    lease(cache, "web", A)
+    api.pods = [pod("web", **CACHE)]
+    assert clean(cache.root, api).code == 0
+    assert keys(cache) == ""
+    assert not list((cache.root / ".trash").iterdir())
+
+    api.faults = [apiserver.ok, apiserver.forbidden()]
+    publish(cache, B)
+    (set_aside(cache, B) / "model" / "MLmodel").unlink()
+    assert clean(cache.root, api).code == 1
+    assert keys(cache) == ""
+
+
+def test_aliases_and_refs_go_with_their_entry(cache: Cache, api: ApiServer) -> None:
+    publish(cache, A)
+    publish(cache, B, 30)
+    cache.set_alias(C, A)
+    cache.set_alias(D, B)
+    cache.set_ref("http://mlflow", "models:/a/1", A)
+    cache.set_ref("http://mlflow", "models:/b/1", B)
+    for path in (cache.root / C, cache.root / D, *(cache.root / ".refs").iterdir()):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    assert clean(cache.root, api).code == 0
+    assert cache.aliases() == {C: A}
+    assert cache.ref("http://mlflow", "models:/a/1") is not None
+    assert cache.ref("http://mlflow", "models:/b/1") is None
+
+
+def test_strangers_are_left_alone_and_listed(cache: Cache, api: ApiServer) -> None:
+    (cache.root / "notes").mkdir()
+    (cache.root / B / "model").mkdir(parents=True)
+    done = clean(cache.root, api, TTL_DAYS=0)
+    assert done.code == 0, done.err
+    assert (cache.root / "notes").is_dir()
+    assert (cache.root / B / "model").is_dir()
+    assert "notes is not an entry" in done.err
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    done = clean(tmp_path)
+    assert done.code == 0
+    assert "nothing to do" in done.last
+
+
+def test_not_a_cache(tmp_path: Path, api: ApiServer) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / B).mkdir()
+    (tmp_path / "link").symlink_to("home")
+    for path in (tmp_path / "home", tmp_path / "link", tmp_path / "absent", Path("/")):
+        done = clean(path, api)
+        assert done.code == 2, done.err
+        assert f"CACHE_PATH={path}" in done.last
+    assert (tmp_path / "home" / B).is_dir()
+
+
+def test_all_bad_settings_at_once(tmp_path: Path) -> None:
+    bad: dict[str, object] = {"TTL_DAYS": "week", "MAX_SIZE_GB": "-1", "DRY_RUN": "perhaps", "GRACE_SECONDS": "soon"}
+    done = clean(tmp_path, None, **bad, LOW_WATERMARK_PERCENT="101")
+    assert done.code == 2
+    for name in (*bad, "LOW_WATERMARK_PERCENT"):
+        assert f"bad configuration: {name}=" in done.err
+
+
+# What it says of itself
+
+
+def test_the_result_is_a_line_of_json(cache: Cache, api: ApiServer) -> None:
+    publish(cache, A)
+    publish(cache, B, 30)
+    (cache.root / "notes").mkdir()
+    lease(cache, "web", A)
+    api.pods = [pod("web", **CACHE)]
+    done = clean(cache.root, api)
+    result = json.loads(done.out)
+    assert result.pop("seconds") > 0
+    assert result == {
+        "success": 1,
+        "dry_run": 0,
+        "entries": 2,
+        "bytes": 2000,
+        "entries_in_use": 1,
+        "unknown": 1,
+        "removed": 1,
+        "freed": 1000,
+        "spared": 0,
+        "restored": 0,
+        "failed": 0,
+    }
+    api.faults = [apiserver.forbidden()]
+    assert json.loads(clean(cache.root, api).out)["success"] == 0
+
+
+def test_the_result_as_metrics_in_a_file(cache: Cache, api: ApiServer, tmp_path: Path) -> None:
+    promtool = program("promtool", "prometheus")
+    publish(cache, B, 30)
+    file = tmp_path / "cleanup.prom"
+    assert clean(cache.root, api, METRICS_TEXTFILE=file).code == 0
+    text = file.read_text()
+    assert "darwin_model_cache_cleanup_freed_bytes 1000.0\n" in text
+    assert "darwin_model_cache_cleanup_success 1.0\n" in text
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    api.faults = [apiserver.forbidden()]
+    assert clean(cache.root, api, METRICS_TEXTFILE=file).code == 1
+    assert "darwin_model_cache_cleanup_success 0.0\n" in file.read_text()
+    assert "entries" not in file.read_text(), "what is not known is not told"
+
+
+def test_the_result_at_a_pushgateway(cache: Cache, api: ApiServer) -> None:
+    pushed: list[tuple[str, str, str]] = []
+    credentials: list[str | None] = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            pushed.append((self.path, self.headers["Content-Type"], body))
+            credentials.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http_server(Gateway) as address:
+        assert clean(cache.root, api, PUSHGATEWAY_URL=address).code == 0
+        host = address.removeprefix("http://")
+        assert clean(cache.root, api, PUSHGATEWAY_URL=host).code == 0
+        assert clean(cache.root, api, PUSHGATEWAY_URL=f"http://user:hunter%2022@{host}").code == 0
+    assert credentials == [None, None, f"Basic {base64.b64encode(b'user:hunter 22').decode()}"]
+    path, kind, body = pushed[0]
+    assert path == "/metrics/job/darwin_model_cache_cleanup"
+    assert kind.startswith("text/plain; version=0.0.4")
+    assert "darwin_model_cache_entries 0.0\n" in body
+
+    done = clean(cache.root, api, PUSHGATEWAY_URL=address, METRICS_TEXTFILE="/absent/cleanup.prom")
+    assert done.code == 0, "the cache is clean all the same"
+    assert f"cannot push to PUSHGATEWAY_URL={address}" in done.err
+    assert "cannot write METRICS_TEXTFILE=/absent/cleanup.prom" in done.err
+    done = clean(cache.root, api, PUSHGATEWAY_URL="http://user:hunter22@[gateway")
+    assert done.code == 0
+    assert "cannot push to PUSHGATEWAY_URL=" in done.err
+    assert "hunter22" not in done.err

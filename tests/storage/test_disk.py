@@ -1,0 +1,333 @@
+"""Disks that are full, read-only, someone else's, or full of traps: on real file systems."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import disk
+from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.manifest import File, Manifest
+from tests.conftest import ROOT, Finished, absent, clean_environ, program, run_role
+from tests.roles.test_cleanup import clean
+from tests.storage import test_transfer
+from tests.support.apiserver import ApiServer
+
+KEY, OTHER = "a" * 64, "b" * 64
+NOBODY = 65534
+
+
+# All is imported first: the libraries may lie where only root may look.
+_AS_NOBODY = f"""
+import os, pathlib, sys, cleanup, download
+from darwin_runtime import mlflow_import
+mlflow_import.prepare()
+from mlflow.store.artifact import local_artifact_repo, models_artifact_repo, http_artifact_repo
+os.setgid({NOBODY}); os.setuid({NOBODY})
+"""
+
+
+@contextmanager
+def mounted(where: Path, *options: str) -> Iterator[Path]:
+    """A file system of the test's own."""
+    if os.geteuid():
+        absent("only root may mount file systems")
+    where.mkdir(exist_ok=True)
+    done = subprocess.run([program("mount", "mount"), *options, where], capture_output=True, text=True, check=False)
+    if done.returncode:
+        absent(f"mount {' '.join(options)} does not work here: {done.stderr.strip()}")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "--lazy", where], check=True)
+
+
+def tmpfs(tmp_path: Path, options: str) -> Iterator[Path]:
+    with mounted(tmp_path / "volume", "-t", "tmpfs", "-o", options, "tmpfs") as volume:
+        yield volume
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A volume of 8 MiB."""
+    if request.param == "tmpfs":
+        yield from tmpfs(tmp_path, "size=8m")
+        return
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run([program("mkfs.ext4", "e2fsprogs"), "-q", image], check=True)
+    with mounted(tmp_path / "volume", "-o", "loop", str(image)) as volume:
+        yield volume
+
+
+@pytest.fixture
+def few_files(tmp_path: Path) -> Iterator[Path]:
+    """A volume with room for bytes, but not for files: what no look at the free space can foresee."""
+    yield from tmpfs(tmp_path, "size=100m,nr_inodes=40")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "a model"
+    path.mkdir()
+    (path / "MLmodel").write_text("flavors: {}")
+    for number in range(60):
+        (path / f"file-{number}").write_bytes(b"x" * 1000)
+    return path
+
+
+def download(model: Path, cache: Path, output: Path, **settings: object) -> Finished:
+    fixed = {"MODEL_URI": model, "CACHE_PATH": cache, "OUTPUT_PATH": output, "STORAGE_STRATEGY": "pvc"}
+    return run_role("download.py", **{**fixed, **settings})
+
+
+def publish(cache: Cache, key: str, size: int) -> None:
+    content = os.urandom(size)
+    staging = cache.stage(key)
+    (cache_module.model_of(staging) / "MLmodel").write_bytes(content)
+    file = File("MLmodel", size, hashlib.sha256(content).hexdigest())
+    cache.publish(staging, key, Manifest("models:/m/1", {}, [file]))
+    os.utime(cache.root / key / "last_used", (0, 0))
+
+
+def fill(volume: Path) -> None:
+    with (volume / "filler").open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1 << 9, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size):
+                    pass
+
+
+def test_a_part_for_which_there_is_no_room_twice_is_begun_anew(tmp_path: Path) -> None:
+    for volume in tmpfs(tmp_path, "size=1200k"):
+        with test_transfer.left_by_another_run(volume, size=768 << 10) as (served, _):
+            test_transfer.brought(served, volume, shared=True)
+        assert served.offsets == [0, 0]
+
+
+@pytest.mark.parametrize("strategy", ["pvc", "emptydir"])
+def test_a_volume_that_fills_up(strategy: str, few_files: Path, model: Path, tmp_path: Path) -> None:
+    models = few_files / "models" if strategy == "emptydir" else tmp_path / "models"
+    done = download(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
+    assert done.code == 1
+    assert "the volume is full" in done.last
+    assert "trying again" not in done.err, "which would not make room"
+    assert not (models / "MLmodel").exists()
+    for cache in few_files.glob("cache"):
+        assert not list((cache / ".staging").iterdir()), "others need the room"
+        assert not [name for name in os.listdir(cache) if cache_module.is_key(name)]
+
+    subprocess.run(["mount", "-o", "remount,nr_inodes=1000", few_files], check=True)
+    done = download(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
+    assert done.code == 0, done.err
+    assert (models / "file-59").stat().st_size == 1000
+
+
+def test_a_full_volume_can_be_cleaned(small: Path, api: ApiServer) -> None:
+    cache = Cache.prepare(small / "cache")
+    for key in (KEY, OTHER):
+        publish(cache, key, 1_000_000)
+    fill(small)
+    with pytest.raises(OSError, match="No space left"):
+        (small / "cache" / "something").write_bytes(b"x" * 10_000)
+    (small / "cache" / "something").unlink(missing_ok=True)
+    done = clean(cache.root, api, TTL_DAYS=1)
+    assert done.code == 0, done.err
+    assert not cache.has(KEY)
+    assert shutil.disk_usage(small).free > 1_500_000
+
+
+@pytest.mark.parametrize("pod", ["first", "second"])
+def test_a_pod_starts_from_a_full_cache(pod: str, small: Path, model: Path, tmp_path: Path) -> None:
+    settings = {"DEPLOYMENT_NAME": "web"}
+    assert download(model, small / "cache", tmp_path / "models", POD_NAME="first", **settings).code == 0
+    fill(small)
+    done = download(model, small / "cache", tmp_path / "models-2", POD_NAME=pod, **settings)
+    assert done.code == 0, done.err
+    assert "0 bytes transferred" in done.err
+    assert pod in {lease.pod for lease in Cache(small / "cache").leases()}
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing(small: Path, model: Path, tmp_path: Path) -> None:
+    (model / "large").write_bytes(bytes(9_000_000))
+    done = download(model, tmp_path / "cache", small / "models", LINK_MODE="copy")
+    assert done.code == 1
+    assert "the volume is full" in done.last
+    assert os.listdir(small / "models") == []
+
+
+def test_what_can_not_be_removed_keeps_nothing_else_from_it(tmp_path: Path, api: ApiServer) -> None:
+    cache = Cache.prepare(tmp_path / "cache")
+    publish(cache, KEY, 1000)
+    doomed = cache.root / ".trash" / "0123456789abcdef.doomed"
+    doomed.mkdir()
+    with mounted(doomed / "busy", "-t", "tmpfs", "tmpfs"):
+        done = clean(cache.root, api, TTL_DAYS=1)
+    assert done.code == 1
+    assert "busy" in done.err
+    assert "1 things in " in done.last
+    assert json.loads(done.out)["removed"] == 1
+    assert not cache.has(KEY)
+
+
+def test_a_read_only_volume_is_told(small: Path, model: Path, api: ApiServer, tmp_path: Path) -> None:
+    cache = Cache.prepare(small / "cache")
+    publish(cache, KEY, 1000)
+    with mounted(tmp_path / "read-only", "--bind", "-o", "ro", str(small)) as volume:
+        done = download(model, volume / "cache", tmp_path / "models")
+        assert done.code == 1
+        assert "mounted read-only" in done.last
+        cleaned = clean(volume / "cache", api, TTL_DAYS=1)
+        assert cleaned.code == 1
+        assert "mounted read-only" in cleaned.last
+        assert cache.has(KEY)
+        listed = subprocess.run(
+            [sys.executable, "-m", "darwin_runtime", "cache", "--cache", volume / "cache", "list"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert KEY[:12] in listed.stdout
+
+
+def test_a_volume_of_another_user_is_told(tmp_path: Path, model: Path, api: ApiServer) -> None:
+    if os.geteuid():
+        absent("only root can become another user")
+    # Other users may not look into pytest's directories.
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    for path in (api.directory, *api.directory.rglob("*")):
+        path.chmod(0o755)
+    cache = Cache.prepare(tmp_path / "cache")
+    publish(cache, KEY, 1000)
+    (tmp_path / "models").mkdir()
+
+    def as_nobody(script: str, **environ: object) -> Finished:
+        settings = clean_environ(CACHE_PATH=cache.root, HOME=tmp_path, **environ)
+        settings.pop("COVERAGE_PROCESS_CONFIG", None)  # that user could not write down what was covered
+        done = subprocess.run(
+            [sys.executable, "-c", _AS_NOBODY + script],
+            env=settings,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    done = as_nobody(
+        "sys.exit(download.main())",
+        MODEL_URI=model,
+        OUTPUT_PATH=tmp_path / "models",
+        STORAGE_STRATEGY="pvc",
+    )
+    assert done.code == 1, done.err
+    assert f"user {NOBODY}" in done.last
+    cleaned = as_nobody(
+        f"import cleanup, pathlib; sys.exit(cleanup.main(os.environ, pathlib.Path({str(api.directory)!r})))",
+        **api.environ,
+        TTL_DAYS=0,
+        GRACE_SECONDS=0,
+    )
+    assert cleaned.code == 1, cleaned.err
+    assert f"user {NOBODY}" in cleaned.last
+    assert cache.has(KEY)
+
+
+def test_nothing_outside_is_touched(tmp_path: Path, model: Path, api: ApiServer) -> None:
+    """Links planted wherever something is written, renamed or deleted."""
+    outside = tmp_path / "outside"
+    (outside / "model").mkdir(parents=True)
+    for name in ("MLmodel", "model/MLmodel", "manifest.json", "last_used", "lock"):
+        (outside / name).write_text("not yours")
+
+    def seen() -> dict[str, tuple[float, bytes]]:
+        files = [path for path in outside.rglob("*") if path.is_file()]
+        return {str(path): (path.stat().st_mtime, path.read_bytes()) for path in files}
+
+    before = seen()
+    cache = Cache.prepare(tmp_path / "cache")
+    done = download(model, cache.root, tmp_path / "models")
+    assert done.code == 0, done.err
+    [key] = [name for name in os.listdir(cache.root) if cache_module.is_key(name)]
+    cache.discard(cache.root / key)
+
+    (cache.root / OTHER).symlink_to(outside)
+    (cache.root / "notes").symlink_to(outside)
+    (cache.root / ".staging" / f"{key}.0a").symlink_to(outside)
+    (cache.root / ".trash" / f"{key}.0a").symlink_to(outside)
+    (cache.root / ".trash" / "0a.doomed").symlink_to(outside)
+    (cache.root / ".locks" / OTHER).symlink_to(outside / "lock")
+    (cache.root / ".locks" / key).write_text('{"owner": "x", "released": true}')
+    publish(cache, KEY, 1000)
+    (cache.root / KEY / "model" / "link").symlink_to(outside)
+    (tmp_path / "models" / "file-0").unlink()
+    (tmp_path / "models" / "file-0").symlink_to(outside / "MLmodel")
+
+    done = download(model, cache.root, tmp_path / "models")
+    assert done.code == 0, done.err
+    for lease in (cache.root / ".leases").iterdir():
+        os.utime(lease, (0, 0))
+    for _ in range(2):
+        cleaned = clean(cache.root, api, TTL_DAYS=0)
+        assert cleaned.code == 0, cleaned.err
+    assert not cache.has(KEY)
+    assert not cache.has(key)
+    assert seen() == before
+
+
+def test_many_files_are_deleted_in_little_memory(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for directory in range(10):
+        inside = tree / str(directory)
+        inside.mkdir(parents=True)
+        for number in range(10_000):
+            os.close(os.open(inside / f"file-{number:0100}", os.O_CREAT))
+    script = (
+        "import resource, sys; from pathlib import Path; from darwin_runtime.storage import disk; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; disk.remove_tree(Path(sys.argv[1])); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tree], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 30_000, "KiB"
+    assert not tree.exists()
+
+
+def test_two_delete_the_same(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for directory in range(50):
+        (tree / str(directory)).mkdir(parents=True)
+        for number in range(100):
+            (tree / str(directory) / str(number)).touch()
+    script = "import sys, pathlib; from darwin_runtime.storage import disk; disk.remove_tree(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", script, str(tree)]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for one in both:
+        _, err = one.communicate(timeout=60)
+        assert one.returncode == 0, err
+    assert not tree.exists()
+
+
+def test_an_error_says_what_to_do() -> None:
+    for code, words in {
+        errno.ENOSPC: "full",
+        errno.EDQUOT: "full",
+        errno.EROFS: "read-only",
+        errno.EACCES: "fsGroup",
+        errno.EIO: "Input/output",
+    }.items():
+        assert words in disk.explain(OSError(code, os.strerror(code), "/model-cache/x"))
