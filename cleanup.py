@@ -31,7 +31,7 @@ from typing import Any
 
 import k8s_client
 from darwin_runtime import cleanup_report as cleanup_report_module
-from darwin_runtime.logs import Redactor, RoleError, human, log_settings, run_role
+from darwin_runtime.logs import Redactor, RoleError, format_bytes, log_settings, run_role
 from darwin_runtime.settings import ConfigError, Reader
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk
@@ -171,7 +171,7 @@ def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Deci
                 decisions[entry.key] = Decision(entry, True, why)
                 size -= entry.bytes
         if size > most:
-            logger.warning("what pods use is %s, more than MAX_SIZE_GB=%g", human(size), settings.max_size_gb)
+            logger.warning("what pods use is %s, more than MAX_SIZE_GB=%g", format_bytes(size), settings.max_size_gb)
     return [decisions[entry.key] for entry in entries]
 
 
@@ -201,7 +201,7 @@ def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, loo
         raise
     finally:
         for removal in removals:
-            cache.withdraw(removal)
+            cache.cancel(removal)
     sizes = {decision.entry.key: decision.entry.bytes for decision in decisions}
     for path, key in waiting:
         if _succeeds(partial(cache.discard, path), path):
@@ -228,7 +228,7 @@ def _move(removals: Sequence[Removal], cache: Cache, used: InUse, done: Counter[
     moved = []
     for removal in removals:
         reason = used.reason(removal.key)
-        if reason is None and cache.carry_out(removal):
+        if reason is None and cache.commit(removal):
             moved.append((removal.trash, removal.key))
         else:
             done["spared"] += 1
@@ -289,7 +289,7 @@ def report(decisions: Sequence[Decision], strange: Sequence[str]) -> Iterator[st
         entry = decision.entry
         action = "remove" if decision.remove else "keep"
         days = f"{entry.idle / DAY:.1f} d"
-        yield row(action, entry.key[:12], human(entry.bytes), days, f"{decision.reason} ({entry.model_uri})")
+        yield row(action, entry.key[:12], format_bytes(entry.bytes), days, f"{decision.reason} ({entry.model_uri})")
     for name in strange:
         yield row("keep", name[:12], "", "", f"{name} is not an entry made by download.py; left alone")
 
@@ -375,7 +375,7 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
 
 def _summary(what: str, done: Counter[str], entries: Sequence[Entry], total: int) -> None:
     back = "".join(f", {done[name]} {name}" for name in ("spared", "restored") if done[name])
-    freed = f"{human(done['freed'])} of {human(total)} freed"
+    freed = f"{format_bytes(done['freed'])} of {format_bytes(total)} freed"
     logger.info("%s %d of %d entries%s: %s", what, done["removed"], len(entries), back, freed)
 
 

@@ -71,8 +71,8 @@ from darwin_runtime.engine import workers as workers_module
 from darwin_runtime.http import auth, cors
 from darwin_runtime.http import tls as tls_module
 from darwin_runtime.http.acceptor import Acceptor
-from darwin_runtime.http.connections import Bounds, Door
-from darwin_runtime.http.metrics import Board, Meter
+from darwin_runtime.http.connections import ConnectionLimiter, ConnectionLimits
+from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics
 from darwin_runtime.logs import Redactor, RoleError, log_settings, run_role
 from darwin_runtime.resources import cpu_limit, default_workers, share_cpus
 from darwin_runtime.settings import Reader
@@ -318,25 +318,29 @@ def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
             yield listener.accept()[0]
 
 
-def make_server(settings: Settings, board: Board, number: int = 0, closed: Callable[[], None] = lambda: None) -> Server:
+def make_server(
+    settings: Settings, board: SharedMetrics, number: int = 0, closed: Callable[[], None] = lambda: None
+) -> Server:
     """A server without a model yet, which signals stop from now on. It calls `closed` once it accepts no more.
 
     What it counts is row `number` of `board`.
     """
-    from darwin_runtime.engine.batching import Limits
-    from darwin_runtime.http.app import Most, Service, make_app
+    from darwin_runtime.engine.batching import BatchLimits
+    from darwin_runtime.http.app import RequestLimits, Service, make_app
     from darwin_runtime.protocols.feature_store import FeatureStore
 
-    limits = Limits(settings.batch_rows, settings.queue_rows, settings.request_timeout)
-    bounds = Bounds(settings.head_bytes, settings.connections, settings.receive_seconds, settings.send_seconds)
+    limits = BatchLimits(settings.batch_rows, settings.queue_rows, settings.request_timeout)
+    bounds = ConnectionLimits(
+        settings.head_bytes, settings.connections, settings.receive_seconds, settings.send_seconds
+    )
     store = FeatureStore(settings.store_url, settings.store_admin_url) if settings.store_url else None
-    most = Most(settings.body_bytes, settings.rows, settings.send_seconds)
-    service = Service(limits, settings.model_name, store, Meter(board, number), most, settings.guard)
+    most = RequestLimits(settings.body_bytes, settings.rows, settings.send_seconds)
+    service = Service(limits, settings.model_name, store, WorkerMetrics(board, number), most, settings.guard)
     app, tls = make_app(service, settings.root_path), settings.tls
     config = uvicorn.Config(
         cors.shared(app, settings.origins) if settings.origins else app,
         loop="darwin_runtime.http.tls:Loop",
-        http=Door(bounds, service.meter.refused, service.meter.connected).protocol(),
+        http=ConnectionLimiter(bounds, service.meter.refused, service.meter.connected).protocol(),
         ws="none",  # there is no route for it, and a library for it may come along with a model
         ssl_context_factory=(lambda *_: tls) if tls else None,
         lifespan="off",
@@ -407,7 +411,7 @@ def load(settings: Settings, directory: Path) -> Model:
 def work(
     settings: Settings,
     listener: socket.socket,
-    board: Board,
+    board: SharedMetrics,
     get: Callable[[], Model],
     number: int,
     ready: Callable[[], None],
@@ -424,7 +428,7 @@ def work(
 
 def serve_alone(settings: Settings, directory: Path) -> None:
     """Load and serve in this very process. Raises `RoleError`."""
-    server = make_server(settings, Board(1))
+    server = make_server(settings, SharedMetrics(1))
     with listening(settings) as listener:
 
         def get() -> Model:
@@ -447,9 +451,9 @@ def serve_together(settings: Settings, directory: Path) -> None:
     # What all need is imported once; and what it starts is there before there is a model to blame for it.
     from darwin_runtime.http import app as app_module  # noqa: F401
 
-    board = Board(settings.workers + 1)
+    board = SharedMetrics(settings.workers + 1)
     with workers_module.signals() as arriving, listening(settings) as listener:
-        job = workers_module.Job(
+        job = workers_module.WorkerJob(
             listener=listener,
             wait=lambda closed: run(make_server(settings, board, closed=closed), listener),
             fetch=lambda: fetch(settings, directory),
@@ -492,9 +496,9 @@ def serve_as_worker(read: Reader, _: Redactor) -> None:
     number, listening_on, counts, told_through = map(int, sys.argv[2:])
     listener, channel = socket.socket(fileno=listening_on), socket.socket(fileno=told_through)
     listener.set_inheritable(False)
-    board = Board(settings.workers + 1, counts)
+    board = SharedMetrics(settings.workers + 1, counts)
     body = partial(work, settings, listener, board, lambda: load(settings, Path()), number)
-    sys.exit(workers_module.attend(channel, body))
+    sys.exit(workers_module.run_worker(channel, body))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import k8s_client
 from darwin_runtime import mlflow_import
-from darwin_runtime.logs import Redactor, RoleError, human, leave, log_settings, mask_uri, run_role
+from darwin_runtime.logs import Redactor, RoleError, format_bytes, leave, log_settings, mask_uri, run_role
 from darwin_runtime.settings import ConfigError, Reader
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import digest, disk
@@ -33,9 +33,9 @@ from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage import output as output_module
 from darwin_runtime.storage import resolve as resolve_module
 from darwin_runtime.storage import transfer as transfer_module
-from darwin_runtime.storage.cache import Cache, Holder, Lock, NotACache
+from darwin_runtime.storage.cache import Cache, Lock, LockState, NotACache
 from darwin_runtime.storage.manifest import Manifest, summary
-from darwin_runtime.storage.resolve import Retry, Source, Unreachable
+from darwin_runtime.storage.resolve import Retry, Source, StoreUnreachable
 from darwin_runtime.storage.transfer import Deadline, Transfer
 
 # How often a pod looks whether another has finished the download, and how often it says that it waits.
@@ -96,17 +96,17 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
     """`emptydir`: the model's files at OUTPUT_PATH itself. Returns their manifest."""
     _make_output(settings.output)
     _clear_other(settings)
-    held = output_module.held(settings.output, settings.verify, model_uri=mask_uri(settings.model_uri))
+    held = output_module.current_record(settings.output, settings.verify, model_uri=mask_uri(settings.model_uri))
     try:
         source = _resolve(settings, deadline, fallback=held is not None)
-    except Unreachable as error:
+    except StoreUnreachable as error:
         if held is None:
             raise
         _fall_back(error, f"{settings.output} holds", held.manifest)
         return held.manifest
     key = cache_module.make_key(source.identity, source.listing)
     # What was just found whole is not read again, and nothing is read of another model.
-    held = held or output_module.held(settings.output, settings.verify, key=key)
+    held = held or output_module.current_record(settings.output, settings.verify, key=key)
     if held and held.key == key:
         output_module.unstage(settings.output)
         logger.info("%s already holds %s, 0 bytes transferred", settings.output, _named(source))
@@ -136,14 +136,14 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
     known = cache.ref(settings.tracking_uri, settings.model_uri)
     try:
         source = _resolve(settings, deadline, fallback=known is not None and cache.has(known[0]))
-    except Unreachable as error:
+    except StoreUnreachable as error:
         key = _last_known(cache, settings, known, error)
     else:
         key = _cached(cache, settings, source, deadline)
     cache.touch(key)
     if settings.deployment:
         cache.set_alias(cache_module.make_alias(settings.deployment, settings.model_uri), key)
-    _provide(cache, settings, key)
+    _populate_output(cache, settings, key)
     return cache.manifest(key)
 
 
@@ -170,9 +170,9 @@ def _resolve(settings: Settings, deadline: Deadline, *, fallback: bool) -> Sourc
 
     def resolve() -> Source:
         mlflow_import.prepare(tables=False)
-        return resolve_module.persist(lambda: resolve_module.resolve(settings.model_uri), settings.retry)
+        return resolve_module.retry_action(lambda: resolve_module.resolve(settings.model_uri), settings.retry)
 
-    return transfer_module.within(left, resolve, what)
+    return transfer_module.run_with_timeout(left, resolve, what)
 
 
 def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline) -> str:
@@ -180,12 +180,12 @@ def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline
     key = cache_module.make_key(source.identity, source.listing)
     # Before looking, and the look keeps what it finds: `cache` has why.
     cache.lease(settings.pod, str(settings.output), key, settings.uid)
-    look = _Look(cache, key, settings.verify, settings.required)
+    look = _EntryCheck(cache, key, settings.verify, settings.required)
     waiting = _Waiting(key)
     filled = False
     while not look():
         held = cache.try_lock(key, " ".join(filter(None, (settings.pod, settings.uid, str(settings.output)))))
-        if isinstance(held, Holder):
+        if isinstance(held, LockState):
             deadline.check(f"waiting for {held.owner} to download {source.uri}")
             waiting.say(held)
             time.sleep(POLL_SECONDS)
@@ -203,7 +203,7 @@ def _cached(cache: Cache, settings: Settings, source: Source, deadline: Deadline
     return key
 
 
-class _Look:
+class _EntryCheck:
     """Tells whether an entry is there, whole, and as required, and keeps it there, as its pod has leased it."""
 
     def __init__(self, cache: Cache, key: str, verify: str, required: str = "") -> None:
@@ -226,7 +226,7 @@ class _Look:
             self.damaged = there
             logger.warning("the cache entry %s is damaged: %s", self.key, summary(damage))
             return False
-        return self.cache.keep(self.key, there)
+        return self.cache.veto_removals(self.key, there)
 
 
 def _fill(cache: Cache, settings: Settings, source: Source, key: str, lock: Lock, deadline: Deadline) -> bool:
@@ -288,11 +288,13 @@ class _Waiting:
         self.key = key
         self.said = 0.0
 
-    def say(self, holder: Holder) -> None:
+    def say(self, holder: LockState) -> None:
         if time.monotonic() - self.said > WAITING_SECONDS:
             self.said = time.monotonic()
             percent = (
-                f"{100 * holder.arrived / holder.total:.0f}% of {human(holder.total)}" if holder.total else "begun"
+                f"{100 * holder.arrived / holder.total:.0f}% of {format_bytes(holder.total)}"
+                if holder.total
+                else "begun"
             )
             logger.info(
                 "waiting for %s, which downloads %s: %s, last heard of %.0f s ago",
@@ -300,25 +302,25 @@ class _Waiting:
             )
 
 
-def _last_known(cache: Cache, settings: Settings, ref: tuple[str, float] | None, error: Unreachable) -> str:
+def _last_known(cache: Cache, settings: Settings, ref: tuple[str, float] | None, error: StoreUnreachable) -> str:
     """The key that MODEL_URI last resolved to, if its entry is whole; raises `error` otherwise."""
     if ref is None:
         raise RoleError(f"{error}; and the cache {settings.cache} has never held this URI's model") from error
     key, age = ref
     cache.lease(settings.pod, str(settings.output), key, settings.uid)
-    if not _Look(cache, key, settings.verify, settings.required)():
+    if not _EntryCheck(cache, key, settings.verify, settings.required)():
         raise RoleError(f"{error}; and what it last resolved to, cache entry {key}, is not there whole") from error
     what = f"{settings.model_uri} resolved {age / 3600:.1f} hours ago to cache entry {key}:"
     _fall_back(error, what, cache.manifest(key))
     return key
 
 
-def _fall_back(error: Unreachable, what: str, manifest: Manifest) -> None:
+def _fall_back(error: StoreUnreachable, what: str, manifest: Manifest) -> None:
     resolved = " ".join(f"{name}={value}" for name, value in manifest.resolved.items())
     logger.warning("%s. FALLING BACK to the model at hand, which may be an older one: %s %s", error, what, resolved)
 
 
-def _provide(cache: Cache, settings: Settings, key: str) -> None:
+def _populate_output(cache: Cache, settings: Settings, key: str) -> None:
     """Put the entry `key` at OUTPUT_PATH. A Job that only fills the cache may have no such place."""
     try:
         _make_output(settings.output)
@@ -327,7 +329,7 @@ def _provide(cache: Cache, settings: Settings, key: str) -> None:
             raise
         logger.info("there is no %s here; the model is in the cache only: %s", settings.output, cache.model(key))
         return
-    if settings.link_mode == "copy" and output_module.held(settings.output, settings.verify, key=key):
+    if settings.link_mode == "copy" and output_module.current_record(settings.output, settings.verify, key=key):
         output_module.unstage(settings.output)
         logger.info("%s already holds a copy of %s", settings.output, cache.model(key))
         return

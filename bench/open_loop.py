@@ -1,6 +1,6 @@
 """A load generator: requests to the slow model that are sent when they are due, whatever became of those before them.
 
-`python -m bench.open_loop`, a process of its own, reads a `Plan` in JSON and writes a `Seen` in JSON.
+`python -m bench.open_loop`, a process of its own, reads a `InputSchema` in JSON and writes a `Seen` in JSON.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from darwin_runtime.logs import human
+from darwin_runtime.logs import format_bytes
 from darwin_runtime.storage.cache import Cache, NotACache
 from darwin_runtime.storage.manifest import VERIFY
 
@@ -68,11 +68,11 @@ def _list(cache: Cache) -> int:
         pods = ", ".join(sorted(users.get(entry.key, ()))) or "-"
         also = "".join(f", alias {alias}" for alias in aliases.get(entry.key, ()))
         days = f"{entry.idle / DAY:.1f} d"
-        sys.stdout.write(row(entry.key[:12], human(entry.bytes), days, pods, f"{_shown(entry.model_uri)}{also}"))
+        sys.stdout.write(row(entry.key[:12], format_bytes(entry.bytes), days, pods, f"{_shown(entry.model_uri)}{also}"))
     for name in strange:
         name = _shown(name)
         sys.stdout.write(row(name[:12], "", "", "", f"{name} is not an entry made by download.py, or damaged"))
-    total = human(sum(entry.bytes for entry in entries))
+    total = format_bytes(sum(entry.bytes for entry in entries))
     sys.stdout.write(f"{len(entries)} entries, {total}, {len(cache.trash())} in the trash\n")
     return 0
 

@@ -208,7 +208,7 @@ def log_settings(seen: Mapping[str, object], redact: Redactor) -> None:
     logger.info("settings: %s", redact(" ".join(f"{name}={value}" for name, value in shown.items())))
 
 
-def human(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes for people: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -407,7 +407,7 @@ def _arrange(world: World, *, locks: bool) -> None:
         return float(max(node.lstat().st_mtime for node in nodes))
 
     replaced: list[tuple[Any, str, Any]] = [
-        (transfer, "within", lambda _seconds, action, _what: action()),
+        (transfer, "run_with_timeout", lambda _seconds, action, _what: action()),
         (transfer, "start_threads", lambda _count, work: work() or []),
         (disk, "ThreadPoolExecutor", Inline),
         # Files can be made older in what they say of their content, not of themselves.
@@ -448,7 +448,7 @@ _execute = cleanup.execute
 
 # What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model.
 WITHOUT: dict[str, tuple[Any, str, Any]] = {
-    "veto": (Cache, "keep", lambda cache, key, found: cache.which(key) == found),
+    "veto": (Cache, "veto_removals", lambda cache, key, found: cache.which(key) == found),
     "listing-after-announcing": (cleanup, "execute", _list_no_more),
     "lease-names": (Cache, "drop_lease", _drop_all),
 }

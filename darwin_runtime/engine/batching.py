@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pandas as pd
 
-from darwin_runtime.schema.tabular import Rows, together
+from darwin_runtime.schema.tabular import Rows, concat
 
 T = TypeVar("T")
 
@@ -50,11 +50,11 @@ SUSPECT_SECONDS = 0.25
 logger = logging.getLogger("darwin.batching")
 
 
-class TooSlow(Exception):
+class DeadlineExceeded(Exception):
     """The model did not answer in time."""
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """Nobody waits for the answer any more."""
 
 
@@ -67,7 +67,7 @@ class Overloaded(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class BatchLimits:
     """`batch_rows` go to the model at once, `queue_rows` may wait; `timeout` is in seconds, waiting included."""
 
     batch_rows: int = 256
@@ -111,7 +111,7 @@ class InferenceThread:
                 logger.exception("a job on the inference thread failed")
 
 
-class Request(NamedTuple):
+class PredictionRequest(NamedTuple):
     """What to predict, and how to put the answer. `method` is the model's, if not its usual one.
 
     With `stream`, the answer is wanted piece by piece, which a `Batcher` has none of.
@@ -141,13 +141,13 @@ Outcome = Answered | BaseException
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class PendingRequest:
     """A request on its way through the model. `since` is the event loop's time at which it was admitted.
 
     One that is yet to be parsed has no `kind` that it could share with others, and counts as a full batch.
     """
 
-    parse: Callable[[], Request]
+    parse: Callable[[], PredictionRequest]
     kind: Hashable | None
     count: int
     size: int
@@ -186,7 +186,7 @@ class Batcher:
         self,
         predict: Callable[[Rows, Mapping[str, Any], str], Any],
         thread: InferenceThread,
-        limits: Limits,
+        limits: BatchLimits,
         *,
         batching: bool,
         on_hang: Callable[[], None],
@@ -199,12 +199,12 @@ class Batcher:
         self._batching = batching
         self._on_hang = on_hang
         # What waits, by what may go together; the kinds take turns.
-        self._queues: dict[Hashable, deque[Job]] = {}
+        self._queues: dict[Hashable, deque[PendingRequest]] = {}
         self._jobs = self._rows = self._bytes = 0
         # Admitted and, as far as is known, unanswered; the oldest first.
-        self._open: deque[Job] = deque()
+        self._open: deque[PendingRequest] = deque()
         self._alarm: asyncio.TimerHandle | None = None
-        self._running: list[Job] = []
+        self._running: list[PendingRequest] = []
         # When that began; and the one that is looked after again, for it was late.
         self._started = self._watched = 0.0
         self._looking = False
@@ -242,19 +242,19 @@ class Batcher:
         if full or self._wait > WAIT_SHARE * self._limits.timeout:
             raise Overloaded(max(1, math.ceil(self._wait)))
 
-    async def predict(self, request: Request, size: int, gone: Callable[[], Awaitable[bool]]) -> Answered:
+    async def predict(self, request: PredictionRequest, size: int, gone: Callable[[], Awaitable[bool]]) -> Answered:
         """The answer to `request`, of `size` bytes; `gone` tells whether the client still waits.
 
-        Raises what predict and write raise, `Overloaded`, `TooSlow` and `Gone`.
+        Raises what predict and write raise, `Overloaded`, `DeadlineExceeded` and `ClientDisconnected`.
         """
         # That rows are independent is proven for the usual method alone.
-        kind = request.rows.kind if self._batching and not request.method else None
+        kind = request.rows.batch_key if self._batching and not request.method else None
         if kind is not None and request.params:
             kind = (kind, repr(sorted(request.params.items())))
         return await self._answered(lambda: request, kind, request.rows.count, size, gone)
 
     async def parse_and_predict(
-        self, parse: Callable[[], Request], size: int, gone: Callable[[], Awaitable[bool]]
+        self, parse: Callable[[], PredictionRequest], size: int, gone: Callable[[], Awaitable[bool]]
     ) -> Answered:
         """The same for a request that takes long to parse: that, too, then waits its turn and is off the event loop.
 
@@ -264,7 +264,7 @@ class Batcher:
 
     async def _answered(
         self,
-        parse: Callable[[], Request],
+        parse: Callable[[], PredictionRequest],
         kind: Hashable | None,
         count: int,
         size: int,
@@ -273,7 +273,7 @@ class Batcher:
         self.check(count, size)
         loop = asyncio.get_running_loop()
         size += REQUEST_BYTES
-        job = Job(parse, kind, count, size, gone, loop.create_future(), loop.time(), perf_counter())
+        job = PendingRequest(parse, kind, count, size, gone, loop.create_future(), loop.time(), perf_counter())
         self._queues.setdefault(job if kind is None else kind, deque()).append(job)
         self._jobs += 1
         self._rows += count
@@ -314,9 +314,9 @@ class Batcher:
         else:
             self._run(batch)
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[PendingRequest]:
         """The next batch, off the queue."""
-        batch: list[Job] = []
+        batch: list[PendingRequest] = []
         count = 0
         while self._queues and not batch:
             key = next(iter(self._queues))
@@ -334,7 +334,7 @@ class Batcher:
         self._watcher.queued(self._rows)
         return batch
 
-    async def _run_wanted(self, batch: list[Job]) -> None:
+    async def _run_wanted(self, batch: list[PendingRequest]) -> None:
         """Run `batch` without the jobs whose client has gone."""
         wanted = []
         for job in batch:
@@ -344,13 +344,13 @@ class Batcher:
             if job.answer.done():
                 continue
             if gone:
-                job.answer.set_exception(Gone())
+                job.answer.set_exception(ClientDisconnected())
             else:
                 wanted.append(job)
         self._looking = False
         self._run(wanted)
 
-    def _run(self, batch: list[Job]) -> None:
+    def _run(self, batch: list[PendingRequest]) -> None:
         loop = asyncio.get_running_loop()
         self._running = batch
         if not batch:
@@ -365,14 +365,14 @@ class Batcher:
             self._looked = loop.time()
             loop.call_soon(self._look)
 
-    def _answer(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
+    def _answer(self, batch: list[PendingRequest], loop: asyncio.AbstractEventLoop) -> None:
         """On the inference thread: have the model answer, and tell the event loop."""
         began = perf_counter()
         answers = self._together(batch, began) if len(batch) > 1 else [_outcome(partial(self._alone, batch[0], began))]
         with contextlib.suppress(RuntimeError):  # the loop has ended without waiting for us
             loop.call_soon_threadsafe(self._deliver, batch, answers, perf_counter() - began)
 
-    def _alone(self, job: Job, began: float) -> Answered:
+    def _alone(self, job: PendingRequest, began: float) -> Answered:
         request = job.parse()
         asked = perf_counter()
         output = self._predict(request.rows, request.params, request.method)
@@ -380,12 +380,12 @@ class Batcher:
         reply = request.write(output)
         return Answered(reply, request.rows.count, began - job.arrived, answered - asked, perf_counter() - answered)
 
-    def _together(self, batch: list[Job], began: float) -> list[Outcome] | None:
+    def _together(self, batch: list[PendingRequest], began: float) -> list[Outcome] | None:
         """The answer to each of `batch`, which go to the model at once; None if each has to be asked alone."""
         requests = [job.parse() for job in batch]
         counts = [request.rows.count for request in requests]
         try:
-            output = self._predict(together([request.rows for request in requests]), requests[0].params, "")
+            output = self._predict(concat([request.rows for request in requests]), requests[0].params, "")
             parts = split(output, counts)
         except BaseException:
             return None  # alone, each gets the error that is its own
@@ -404,7 +404,7 @@ class Batcher:
             before = after
         return answers
 
-    def _deliver(self, batch: list[Job], answers: Sequence[Outcome] | None, seconds: float) -> None:
+    def _deliver(self, batch: list[PendingRequest], answers: Sequence[Outcome] | None, seconds: float) -> None:
         if answers is None:
             self._put_back(batch)
             answers = ()
@@ -424,7 +424,7 @@ class Batcher:
         self._running = []
         self._look_again(asyncio.get_running_loop())
 
-    def _put_back(self, batch: list[Job]) -> None:
+    def _put_back(self, batch: list[PendingRequest]) -> None:
         """Have each of `batch` go next, alone."""
         self._queues = {**{job: deque([job]) for job in batch}, **self._queues}
         self._jobs += len(batch)
@@ -445,7 +445,7 @@ class Batcher:
         while self._open and (self._open[0].answer.done() or now - self._open[0].since >= self._limits.timeout):
             job = self._open.popleft()
             if not job.answer.done():
-                job.answer.set_exception(TooSlow(f"no answer within {self._limits.timeout:g} seconds"))
+                job.answer.set_exception(DeadlineExceeded(f"no answer within {self._limits.timeout:g} seconds"))
         if self._open:
             self._alarm = loop.call_at(self._open[0].since + self._limits.timeout, self._expire)
         if self._running and self._watched != self._started:

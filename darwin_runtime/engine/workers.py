@@ -58,7 +58,7 @@ logger = logging.getLogger("darwin.workers")
 # A worker
 
 
-def attend(channel: socket.socket, body: Body) -> int:
+def run_worker(channel: socket.socket, body: Body) -> int:
     """Run a worker's `body`; return the exit code.
 
     What `body` raises is told through `channel`. When the other end of that is gone, this process ends.
@@ -100,14 +100,14 @@ def _end_with(channel: socket.socket, go: threading.Event) -> None:
 
 
 @dataclass(frozen=True)
-class Job(Generic[T]):
+class WorkerJob(Generic[T]):
     """What the processes do.
 
     `wait` serves `listener` while nothing is loaded, until SIGTERM; once it accepts no more, it calls its argument.
     `fetch`, then `load` are run once. `work` has what was loaded and proves it, calls its last argument, and serves
     until SIGTERM; its second is the worker's number, from 1 on. `command` is what to run in `environ` for a worker that
     loads what was fetched and does the same; its number, `files`, which it inherits, and the file descriptor of the
-    channel for `attend` are appended to it. Workers that have not ended in `stop_seconds` when asked to are killed.
+    channel for `run_worker` are appended to it. Workers that have not ended in `stop_seconds` when asked to are killed.
     """
 
     listener: socket.socket
@@ -140,7 +140,7 @@ def signals() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(-1)
 
 
-def supervise(count: int, job: Job[T], arriving: socket.socket) -> None:
+def supervise(count: int, job: WorkerJob[T], arriving: socket.socket) -> None:
     """Keep `count` workers at `job` until a signal comes; `arriving` is from `signals`. Closes the listener then.
 
     Raises what loading raised, and `RoleError` if no worker ever gets ready.
@@ -194,7 +194,7 @@ class _Worker:
 
 
 @dataclass
-class _Post:
+class _Slot:
     """Where one worker at a time is; the next may start at the monotonic time `due`."""
 
     number: int
@@ -204,9 +204,9 @@ class _Post:
 
 
 class _Supervisor(Generic[T]):
-    def __init__(self, count: int, job: Job[T], arriving: socket.socket) -> None:
+    def __init__(self, count: int, job: WorkerJob[T], arriving: socket.socket) -> None:
         self._job = job
-        self._posts = [_Post(number) for number in range(1, count + 1)]
+        self._posts = [_Slot(number) for number in range(1, count + 1)]
         self._waiting_room: _Worker | None = None
         self._start: Callable[[int], _Worker] | None = None  # how to, by its number, once it is known
         self._sharing = True
@@ -310,7 +310,7 @@ class _Supervisor(Generic[T]):
 
     # Births
 
-    def _open_posts(self) -> list[_Post]:
+    def _open_posts(self) -> list[_Slot]:
         """Those to be filled. Before the first worker has proven itself, there is only that one."""
         if self._stopping or not self._start:
             return []
@@ -353,7 +353,7 @@ class _Supervisor(Generic[T]):
             # Else another would not notice when the supervisor is gone.
             for worker in self._living():
                 worker.channel.close()
-            code = attend(channel, body)
+            code = run_worker(channel, body)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -441,7 +441,7 @@ class _Supervisor(Generic[T]):
         self._forget(worker)
         return f"failed: {worker.told}" if worker.told else worker.overdue or _meaning(code)
 
-    def _replace(self, post: _Post, worker: _Worker, how: str) -> None:
+    def _replace(self, post: _Slot, worker: _Worker, how: str) -> None:
         if self._stopping:
             if worker.overdue:
                 logger.warning("%s %s", worker, how)
@@ -455,7 +455,7 @@ class _Supervisor(Generic[T]):
                 post.failures = 0
             self._try_again(post, f"{worker} {how}")
 
-    def _try_again(self, post: _Post, why: str) -> None:
+    def _try_again(self, post: _Slot, why: str) -> None:
         post.failures += 1
         if not self._proven and post.failures >= HOPELESS:
             raise RoleError(f"{why}; so did {HOPELESS - 1} before it, and none was ever ready")

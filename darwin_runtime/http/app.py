@@ -17,35 +17,43 @@ from starlette.requests import Request as HttpRequest
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from darwin_runtime.engine.batching import Batcher, Gone, InferenceThread, Limits, Overloaded, Request, TooSlow
+from darwin_runtime.engine.batching import (
+    Batcher,
+    BatchLimits,
+    ClientDisconnected,
+    DeadlineExceeded,
+    InferenceThread,
+    Overloaded,
+    PredictionRequest,
+)
 from darwin_runtime.http import metrics as metrics_module
 from darwin_runtime.http import streaming
-from darwin_runtime.http.auth import Forbidden, Guard, Needs, Unauthorized
+from darwin_runtime.http.auth import AuthPolicy, Forbidden, Guard, Unauthorized
 from darwin_runtime.http.bodies import Bodies
 from darwin_runtime.http.docs import Documents
-from darwin_runtime.http.metrics import Board, Meter
+from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics
 from darwin_runtime.http.request_log import AccessLog, Line
 from darwin_runtime.http.tracing import Trace, Tracer
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import Model, Refused
+from darwin_runtime.model.model import InputRejected, Model
 from darwin_runtime.model.self_test import About, example_rows
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
 from darwin_runtime.protocols.base import (
     TEXT,
+    BadRequest,
+    FeatureStoreError,
     Headers,
-    Malformed,
     NotFound,
     NotReady,
     Read,
     Reply,
-    StoreFailed,
     TooLarge,
 )
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.protocols.feature_store import FeatureStore
 from darwin_runtime.schema.datatypes import InputError
-from darwin_runtime.schema.tabular import Contract
+from darwin_runtime.schema.tabular import ModelSpec
 
 VERSION = "0.1.0"
 
@@ -67,13 +75,13 @@ class Loaded(NamedTuple):
     """The model that answers, and what there is to know of it."""
 
     model: Model
-    contract: Contract
+    contract: ModelSpec
     batcher: Batcher
     about: About
     documents: Documents
 
 
-class Most(NamedTuple):
+class RequestLimits(NamedTuple):
     """What one request may bring, and how long its client may take to read a piece of the answer."""
 
     body_bytes: int = 64 * 1024 * 1024
@@ -90,11 +98,11 @@ class Service:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: BatchLimits,
         name: str = "model",
         store: FeatureStore | None = None,
-        meter: Meter | None = None,
-        most: Most = Most(),  # noqa: B008 - it does not change
+        meter: WorkerMetrics | None = None,
+        most: RequestLimits = RequestLimits(),  # noqa: B008 - it does not change
         guard: Guard | None = None,
     ) -> None:
         self.limits = limits
@@ -104,7 +112,7 @@ class Service:
         self.unsent = 0
         self.name = name
         self.store = store
-        self.meter = meter or Meter(Board(1), 0)
+        self.meter = meter or WorkerMetrics(SharedMetrics(1), 0)
         self.guard = guard
         self.access = AccessLog()
         self.inference = InferenceThread()
@@ -131,7 +139,7 @@ class Service:
             about,
             VERSION,
             features=self.store is not None,
-            needs=self.guard.needs if self.guard else Needs(),
+            needs=self.guard.needs if self.guard else AuthPolicy(),
         )
         batcher = Batcher(
             model.predict, self.inference, self.limits, batching=batching, on_hang=on_hang, watcher=self.meter
@@ -171,7 +179,7 @@ class Service:
             raise NotFound(f"there is no model {name[:100]!r} here: it is called {self.name!r} (MODEL_NAME)")
 
 
-class Ask:
+class RequestContext:
     """One request over HTTP. `rows` is how many rows it asked about, once that is known.
 
     With `closing`, its connection is no good for another.
@@ -196,7 +204,7 @@ class Ask:
         return str(self.scope["path_params"][name])
 
 
-class Flow(NamedTuple):
+class StreamingReply(NamedTuple):
     """An answer in pieces."""
 
     pieces: AsyncGenerator[bytes, None]
@@ -204,10 +212,10 @@ class Flow(NamedTuple):
     status: int = 200
 
 
-Handler = Callable[[Ask], Awaitable[Reply | Flow]]
+Handler = Callable[[RequestContext], Awaitable[Reply | StreamingReply]]
 
 
-class Speaking(NamedTuple):
+class Endpoint(NamedTuple):
     """What answers a route: `handler`, with every exception put in its protocol's words by `word`.
 
     Of a `quiet` one, which machines ask all day, there is no log line and no count.
@@ -221,8 +229,8 @@ class Speaking(NamedTuple):
 
 # What went wrong was the client's or the model's doing, and has been told to the client.
 EXPECTED = (
-    *(InputError, Malformed, Refused, NotReady, Overloaded, NotFound),
-    *(Unauthorized, Forbidden, protocols.Unsupported, protocols.NotAcceptable, TooLarge, StoreFailed),
+    *(InputError, BadRequest, InputRejected, NotReady, Overloaded, NotFound),
+    *(Unauthorized, Forbidden, protocols.UnsupportedMediaType, protocols.NotAcceptable, TooLarge, FeatureStoreError),
 )
 
 
@@ -233,7 +241,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
     inflating = asyncio.Semaphore(INFLATING)
     meter, access, guard = service.meter, service.access, service.guard
 
-    async def answer(ask: Ask, read: Read, store: FeatureStore | None = None) -> Reply | Flow:
+    async def answer(ask: RequestContext, read: Read, store: FeatureStore | None = None) -> Reply | StreamingReply:
         """What the model says to what `read` makes of the body, which may name features that are in `store`."""
         model, contract, batcher, _, _ = service.loaded
         try:
@@ -251,7 +259,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
             async with inflating:
                 body = await asyncio.to_thread(protocols.decoded, body, encoding, service.bodies.most)
 
-        def parse(**more: Any) -> Request:
+        def parse(**more: Any) -> PredictionRequest:
             request = read(body, ask.headers, contract, **more)
             if request.rows.count > service.most.rows:
                 raise TooLarge(f"{request.rows.count} rows are more than {service.most.rows} (MAX_ROWS)")
@@ -275,7 +283,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         reply: Reply = answered.reply
         return reply
 
-    async def stream(ask: Ask, model: Model, request: Request) -> Flow:
+    async def stream(ask: RequestContext, model: Model, request: PredictionRequest) -> StreamingReply:
         """The answer piece by piece. Raises what keeps the first from being made, for then it can still be told."""
         pieces = service.streams.pieces(lambda: model.stream(request.rows, request.params), service.limits.timeout)
         nothing = object()
@@ -295,23 +303,23 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
             finally:
                 await pieces.aclose()
 
-        return Flow(events())
+        return StreamingReply(events())
 
-    async def predict(ask: Ask) -> Reply | Flow:
+    async def predict(ask: RequestContext) -> Reply | StreamingReply:
         return await answer(ask, protocols.read_predict, service.store)
 
-    async def invocations(ask: Ask) -> Reply | Flow:
+    async def invocations(ask: RequestContext) -> Reply | StreamingReply:
         return await answer(ask, protocols.read_invocations)
 
-    async def v1_predict(ask: Ask) -> Reply | Flow:
+    async def v1_predict(ask: RequestContext) -> Reply | StreamingReply:
         service.check_name(ask.path("name"))
         return await answer(ask, protocols.read_v1)
 
-    async def v2_infer(ask: Ask) -> Reply | Flow:
+    async def v2_infer(ask: RequestContext) -> Reply | StreamingReply:
         check_model(ask)
         return await answer(ask, open_inference.read_infer)
 
-    def check_model(ask: Ask) -> None:
+    def check_model(ask: RequestContext) -> None:
         service.check_name(ask.path("name"))
         version, known = ask.scope["path_params"].get("version"), service.loaded.contract.version
         if version is not None and version != known:
@@ -319,48 +327,48 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
                 f"there is no version {version[:100]!r} here: {f'it is {known!r}' if known else 'it has none'}"
             )
 
-    async def v1_models(_: Ask) -> Reply:
+    async def v1_models(_: RequestContext) -> Reply:
         return protocols.reply(200, {"models": [service.name]})
 
-    async def v1_model(ask: Ask) -> Reply:
+    async def v1_model(ask: RequestContext) -> Reply:
         if ask.path("name").endswith(":predict"):
             raise HTTPException(405, headers={"Allow": "POST"})
         service.check_name(ask.path("name"))
         return protocols.reply(200, {"name": service.name, "ready": service.is_loaded and not service.draining})
 
-    async def v2_server(_: Ask) -> Reply:
+    async def v2_server(_: RequestContext) -> Reply:
         return open_inference.server_metadata(VERSION)
 
-    async def v2_live(_: Ask) -> Reply:
+    async def v2_live(_: RequestContext) -> Reply:
         return protocols.reply(200, {"live": True})
 
-    async def v2_ready(_: Ask) -> Reply:
+    async def v2_ready(_: RequestContext) -> Reply:
         service.check_ready()
         return protocols.reply(200, {"ready": True})
 
-    async def v2_model_ready(ask: Ask) -> Reply:
+    async def v2_model_ready(ask: RequestContext) -> Reply:
         check_model(ask)
         service.check_ready()
         return protocols.reply(200, {"name": service.name, "ready": True})
 
-    async def v2_model(ask: Ask) -> Reply:
+    async def v2_model(ask: RequestContext) -> Reply:
         check_model(ask)
         return service.loaded.documents.v2
 
-    async def schema(_: Ask) -> Reply:
+    async def schema(_: RequestContext) -> Reply:
         return service.loaded.documents.schema
 
-    async def openapi(_: Ask) -> Reply:
+    async def openapi(_: RequestContext) -> Reply:
         return service.loaded.documents.openapi(root_path)
 
-    async def page(_: Ask) -> Reply:
+    async def page(_: RequestContext) -> Reply:
         return service.loaded.documents.page
 
-    async def root(ask: Ask) -> Reply:
+    async def root(ask: RequestContext) -> Reply:
         # What KServe's V1 clients take for liveness.
         return await (page if b"text/html" in ask.headers.get(b"accept", b"") else livez)(ask)
 
-    async def metrics(ask: Ask) -> Reply:
+    async def metrics(ask: RequestContext) -> Reply:
         known = service.loaded if service.is_loaded else None
         names = {"name": service.name, "version": "", "flavor": ""}
         if known:
@@ -370,33 +378,33 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         body, media_type = await asyncio.to_thread(metrics_module.exposition, meter.board, names, seconds, accept)
         return Reply(200, body, media_type)
 
-    async def livez(_: Ask) -> Reply:
+    async def livez(_: RequestContext) -> Reply:
         return protocols.reply(200, {"status": "alive"})
 
-    async def ready(_: Ask) -> Reply:
+    async def ready(_: RequestContext) -> Reply:
         service.check_ready()
         return protocols.reply(200, {"status": "ready", "model_loaded": True})
 
-    async def healthcheck(_: Ask) -> Reply:
+    async def healthcheck(_: RequestContext) -> Reply:
         service.check_loaded()
         return protocols.reply(200, {"status": "SUCCESS", "message": "OK"})
 
-    async def ping(_: Ask) -> Reply:
+    async def ping(_: RequestContext) -> Reply:
         service.check_loaded()
         return Reply(200, b"\n")
 
-    async def version(_: Ask) -> Reply:
+    async def version(_: RequestContext) -> Reply:
         return Reply(200, model_module.mlflow_version().encode(), TEXT)
 
     def darwin_failure(error: Exception) -> Reply:
         inputs = service.loaded.contract.plan.inputs if service.is_loaded else ()
         return protocols.darwin_failure(error, inputs)
 
-    darwin = partial(Speaking, protocol="darwin", word=darwin_failure)
-    mlflow = partial(Speaking, protocol="mlflow", word=protocols.mlflow_failure)
-    v1 = partial(Speaking, protocol="kserve_v1", word=protocols.kserve_failure)
-    v2 = partial(Speaking, protocol="kserve_v2", word=protocols.kserve_failure)
-    other = partial(Speaking, protocol="other", word=darwin_failure)
+    darwin = partial(Endpoint, protocol="darwin", word=darwin_failure)
+    mlflow = partial(Endpoint, protocol="mlflow", word=protocols.mlflow_failure)
+    v1 = partial(Endpoint, protocol="kserve_v1", word=protocols.kserve_failure)
+    v2 = partial(Endpoint, protocol="kserve_v2", word=protocols.kserve_failure)
+    other = partial(Endpoint, protocol="other", word=darwin_failure)
     model, versioned = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
     endpoints = {
         ("POST", "/predict"): darwin(predict),
@@ -431,13 +439,13 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         for (verb, path), endpoint in sorted(endpoints.items(), key=lambda item: item[0][1].count("{"))
     ]
     # Searching the routes takes as long as a prediction.
-    direct: dict[tuple[str, str], tuple[Speaking, Mapping[str, Any]]]
+    direct: dict[tuple[str, str], tuple[Endpoint, Mapping[str, Any]]]
     direct = {key: (endpoint, {}) for key, endpoint in endpoints.items() if "{" not in key[1]}
     named = {"name": service.name}
     direct["POST", f"/v2/models/{service.name}/infer"] = endpoints["POST", f"{model}/infer"], named
     direct["POST", f"/v1/models/{service.name}:predict"] = endpoints["POST", "/v1/models/{name}:predict"], named
 
-    def find(scope: Scope, path: str) -> tuple[Speaking, Mapping[str, Any]]:
+    def find(scope: Scope, path: str) -> tuple[Endpoint, Mapping[str, Any]]:
         allowed: list[str] = []
         # A line break at the end would be overlooked.
         for route, endpoint in routes if path.isprintable() else ():
@@ -448,7 +456,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
                 allowed += sorted(route.methods or ())
         return nowhere(path, allowed), {}
 
-    def nowhere(path: str, allowed: list[str]) -> Speaking:
+    def nowhere(path: str, allowed: list[str]) -> Endpoint:
         """What answers where there is no route, or none for the verb, in the words of its neighbours."""
 
         error = HTTPException(405 if allowed else 404, headers={"Allow": ", ".join(allowed)} if allowed else None)
@@ -465,7 +473,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         scope["path_params"] = params
         headers = dict(scope["headers"])
         trace = tracer.trace(headers)
-        ask = Ask(scope, receive, headers, trace)
+        ask = RequestContext(scope, receive, headers, trace)
         if "crowded" in scope:  # see `connections`
             ask.closing = True
             endpoint = endpoint if endpoint.quiet else endpoint._replace(handler=partial(_refuse, Overloaded(1)))
@@ -491,10 +499,10 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
     return app
 
 
-async def _reply(endpoint: Speaking, ask: Ask, meter: Meter) -> Reply | Flow:
+async def _reply(endpoint: Endpoint, ask: RequestContext, meter: WorkerMetrics) -> Reply | StreamingReply:
     try:
         return await endpoint.handler(ask)
-    except (ClientDisconnect, Gone):
+    except (ClientDisconnect, ClientDisconnected):
         return Reply(400, b"")  # nobody reads it
     except HTTPException as error:
         key = "error" if endpoint.protocol.startswith("kserve") else "detail"
@@ -507,13 +515,13 @@ async def _reply(endpoint: Speaking, ask: Ask, meter: Meter) -> Reply | Flow:
         return reply._replace(headers=error.challenges) if isinstance(error, Unauthorized) else reply
 
 
-async def _refuse(error: Exception, _: Ask) -> Reply:
+async def _refuse(error: Exception, _: RequestContext) -> Reply:
     raise error
 
 
-def _log(ask: Ask, error: Exception) -> None:
+def _log(ask: RequestContext, error: Exception) -> None:
     path, request_id = quote(ask.scope["path"][:200]), ask.trace.request_id
-    if isinstance(error, TooSlow) or (isinstance(error, StoreFailed) and error.status != 404):
+    if isinstance(error, DeadlineExceeded) or (isinstance(error, FeatureStoreError) and error.status != 404):
         logger.warning("%s: %s, id=%s", path, error, request_id)
     elif not isinstance(error, EXPECTED):
         logger.error("%s failed: %s, id=%s", path, error, request_id, exc_info=error)
@@ -532,8 +540,10 @@ def _head(
     return head
 
 
-async def _send(send: Send, ask: Ask, reply: Reply | Flow, service: Service, *, closing: bool) -> None:
-    if isinstance(reply, Flow):
+async def _send(
+    send: Send, ask: RequestContext, reply: Reply | StreamingReply, service: Service, *, closing: bool
+) -> None:
+    if isinstance(reply, StreamingReply):
         await _pour(send, ask, reply, service.most.send_seconds, closing=closing)
         return
     status, body, media_type, headers = reply
@@ -560,7 +570,7 @@ async def _send_large(send: Send, body: bytes, service: Service) -> None:
         service.unsent -= len(body)
 
 
-async def _pour(send: Send, ask: Ask, flow: Flow, seconds: float, *, closing: bool) -> None:
+async def _pour(send: Send, ask: RequestContext, flow: StreamingReply, seconds: float, *, closing: bool) -> None:
     """Send the pieces of `flow` as they come, until the client leaves or takes more than `seconds` to read one."""
     head = _head(flow.media_type, (), ask.trace, closing=closing)
     await send({"type": "http.response.start", "status": flow.status, "headers": head})

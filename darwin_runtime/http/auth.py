@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
-from darwin_runtime.http.reloading import Mounted, Unusable, content
+from darwin_runtime.http.reloading import ReloadingFile, UnusableFile, content
 from darwin_runtime.settings import Reader
 
 # Every one of them is compared with, for each request.
@@ -54,7 +54,7 @@ class Forbidden(Exception):
     """The connection has no client certificate."""
 
 
-class Needs(NamedTuple):
+class AuthPolicy(NamedTuple):
     """What a request to any path but the `exempt` ones needs."""
 
     key: bool = False
@@ -66,7 +66,7 @@ class Guard:
     """Tells whether a request may be answered, by its headers and its connection alone."""
 
     def __init__(self, keys: Keys | None, *, certificates: bool, exempt: frozenset[str]) -> None:
-        self.needs = Needs(keys is not None, certificates, exempt)
+        self.needs = AuthPolicy(keys is not None, certificates, exempt)
         self._keys = keys
 
     def refusal(self, scope: Scope, headers: Mapping[bytes, bytes], path: str) -> Forbidden | Unauthorized | None:
@@ -85,7 +85,7 @@ class Guard:
                 _challenges(""),
             )
         key = _offered(given)
-        if key is not None and self._keys.know(key):
+        if key is not None and self._keys.is_valid(key):
             return None
         return Unauthorized("this API key is not valid", _challenges(', error="invalid_token"'))
 
@@ -113,18 +113,18 @@ class Keys:
     """The keys in the file at `path`, which may change. Only their digests are kept."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `Unusable`, also if there is no key, or if a line is none."""
+        """Raises `UnusableFile`, also if there is no key, or if a line is none."""
         digests, bad = _parse(path)
         if bad:
-            raise Unusable(
+            raise UnusableFile(
                 f"API_KEYS_FILE: line {bad[0]} of {path} is no key, which is 16 printable ASCII characters or more, "
                 "without spaces"
             )
         if not digests:
-            raise Unusable(f"API_KEYS_FILE: there is no key in {path}")
-        self._digests = Mounted([path], lambda: _parse(path), lambda parsed: self._renewed(path, *parsed))
+            raise UnusableFile(f"API_KEYS_FILE: there is no key in {path}")
+        self._digests = ReloadingFile([path], lambda: _parse(path), lambda parsed: self._renewed(path, *parsed))
 
-    def know(self, key: bytes) -> bool:
+    def is_valid(self, key: bytes) -> bool:
         """Whether `key` is one of them, in a time that does not tell which, or how much of one it is."""
         digest = hashlib.sha256(key).digest()
         known = False
@@ -144,7 +144,7 @@ class Keys:
 
 
 def _parse(path: Path) -> tuple[tuple[bytes, ...], list[int]]:
-    """The digests of the keys in a file, and the numbers of the lines that are no keys. Raises `Unusable`."""
+    """The digests of the keys in a file, and the numbers of the lines that are no keys. Raises `UnusableFile`."""
     digests: dict[bytes, None] = {}
     bad: list[int] = []
     for number, line in enumerate(content("API_KEYS_FILE", path).split(b"\n"), 1):
@@ -154,7 +154,7 @@ def _parse(path: Path) -> tuple[tuple[bytes, ...], list[int]]:
         elif line and not line.startswith(b"#"):
             bad.append(number)
     if len(digests) > MOST_KEYS:
-        raise Unusable(f"API_KEYS_FILE: {path} has {len(digests)} keys, more than {MOST_KEYS}")
+        raise UnusableFile(f"API_KEYS_FILE: {path} has {len(digests)} keys, more than {MOST_KEYS}")
     return tuple(digests), bad
 
 
@@ -171,7 +171,7 @@ def from_env(read: Reader, *, certificates: bool) -> Guard | None:
         else:
             try:
                 keys = Keys(Path(path))
-            except Unusable as error:
+            except UnusableFile as error:
                 read.problems.append(f"{error}, for example API_KEYS_FILE=/etc/darwin/keys/api-keys")
     groups = [group.strip().lower() for group in read.text("AUTH_EXEMPT", "probes,metrics").split(",")]
     if groups == ["none"]:

@@ -45,7 +45,7 @@ SWEEP_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ConnectionLimits:
     """What one connection may take: bytes of a head, and seconds to send a request and to read an answer.
 
     On those beyond `connections`, only probes are answered with anything but 503; those beyond twice that are closed.
@@ -57,7 +57,7 @@ class Bounds:
     send_seconds: float = 60
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not even handed to the application; why is the message."""
 
     def __init__(self, status: HTTPStatus, why: str) -> None:
@@ -65,7 +65,7 @@ class Refused(Exception):
         self.status = status
 
 
-class Door:
+class ConnectionLimiter:
     """All connections of one process.
 
     `refused` hears the status of each answer that the application had no part in, `counted` how many connections there
@@ -74,7 +74,7 @@ class Door:
 
     def __init__(
         self,
-        bounds: Bounds,
+        bounds: ConnectionLimits,
         refused: Callable[[int], None] = lambda _: None,
         counted: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -170,7 +170,7 @@ class Cycle(RequestResponseCycle):
 class Connection(HttpToolsProtocol):
     """uvicorn's, of which `door` knows. The application finds `crowded` in the scope of requests that came too many."""
 
-    def __init__(self, door: Door, **given: Any) -> None:
+    def __init__(self, door: ConnectionLimiter, **given: Any) -> None:
         super().__init__(**given)
         self.door = door
         self.crowded = False
@@ -214,7 +214,7 @@ class Connection(HttpToolsProtocol):
 
     def time_out(self) -> None:
         if self._beside or not self._in_head:
-            self.refuse(Refused(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive."))
+            self.refuse(RequestRefused(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive."))
         else:
             self.transport.close()
 
@@ -271,13 +271,13 @@ class Connection(HttpToolsProtocol):
             self._decline(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             refused = error.__context__
-            if not isinstance(refused, Refused):
-                refused = Refused(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP request.")
+            if not isinstance(refused, RequestRefused):
+                refused = RequestRefused(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP request.")
             self.refuse(refused)
         else:
             if self._beside > self.door.bounds.head_bytes:
                 why = "There is more beside the chunks of the body than in them."
-                self.refuse(self._too_large() if self._in_head else Refused(HTTPStatus.BAD_REQUEST, why))
+                self.refuse(self._too_large() if self._in_head else RequestRefused(HTTPStatus.BAD_REQUEST, why))
 
     def _decline(self, rest: bytes) -> None:
         """Take a request that offers another protocol as one that doesn't, as RFC 9110, 7.8 has it.
@@ -287,7 +287,7 @@ class Connection(HttpToolsProtocol):
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.refuse(Refused(HTTPStatus.BAD_REQUEST, "This is no proxy."))
+            self.refuse(RequestRefused(HTTPStatus.BAD_REQUEST, "This is no proxy."))
             return
         kept = [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name not in HOP_BY_HOP]
         closing = b"" if self.parser.should_keep_alive() else b"connection: close\r\n"
@@ -311,9 +311,9 @@ class Connection(HttpToolsProtocol):
             if size > self.door.bounds.head_bytes:
                 raise self._too_large()
         if self.parser.get_http_version() not in ("1.0", "1.1"):
-            raise Refused(HTTPStatus.BAD_REQUEST, "This server speaks HTTP/1.1.")
+            raise RequestRefused(HTTPStatus.BAD_REQUEST, "This server speaks HTTP/1.1.")
         if len(self.pipeline) >= MOST_PIPELINED:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests before the first was answered.")
+            raise RequestRefused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests before the first was answered.")
         if self.crowded and len(self.door.connections) > self.door.bounds.connections:
             self.scope["crowded"] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
@@ -336,11 +336,11 @@ class Connection(HttpToolsProtocol):
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
-    def _too_large(self) -> Refused:
+    def _too_large(self) -> RequestRefused:
         why = f"The request's head is larger than {self.door.bounds.head_bytes} bytes (MAX_HEADER_KB)."
-        return Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why)
+        return RequestRefused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why)
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: RequestRefused) -> None:
         """Read no more, and end the connection, after what was asked before has been answered."""
         self._deaf = True
         cycle = self.cycle

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from darwin_runtime.http import openapi as openapi_module
-from darwin_runtime.http.auth import Needs
+from darwin_runtime.http.auth import AuthPolicy
 from darwin_runtime.model.self_test import About
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
 from darwin_runtime.protocols.base import Reply
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.schema.datatypes import Spec
-from darwin_runtime.schema.tabular import ColumnPlan, Contract, HintedPlan, Rows, describe
+from darwin_runtime.schema.tabular import ModelSpec, Rows, TabularSchema, TypeHintSchema, describe
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -34,16 +34,16 @@ class Documents:
     schema: Reply
     v2: Reply
     page: Reply
-    _contract: Contract
+    _contract: ModelSpec
     _sample: Any
     _about: About
     _version: str
     _features: bool
-    _needs: Needs
+    _needs: AuthPolicy
 
     @classmethod
     def of(
-        cls, contract: Contract, example: Rows | None, about: About, version: str, *, features: bool, needs: Needs
+        cls, contract: ModelSpec, example: Rows | None, about: About, version: str, *, features: bool, needs: AuthPolicy
     ) -> Documents:
         """For the model that `contract` and `about` describe, on the server's `version`; `example` is its own input.
 
@@ -92,9 +92,9 @@ def _template() -> tuple[str, str]:
     return text, policy
 
 
-def _page(contract: Contract, sample: Any, about: About, version: str, needs: Needs) -> Reply:
+def _page(contract: ModelSpec, sample: Any, about: About, version: str, needs: AuthPolicy) -> Reply:
     plan = contract.plan
-    columns = isinstance(plan, ColumnPlan) and not isinstance(plan, HintedPlan) and plan.named
+    columns = isinstance(plan, TabularSchema) and not isinstance(plan, TypeHintSchema) and plan.named
     told = {
         "Model URI": about.uri,
         "Registered as": " version ".join(filter(None, (about.registered_name, about.version))),

@@ -72,7 +72,7 @@ for _name in PROTOCOLS:
 ROW = _end
 
 
-class Board:
+class SharedMetrics:
     """The memory of all processes, of `rows` rows. `file` is its file descriptor, for processes that are not forked."""
 
     def __init__(self, rows: int, file: int | None = None) -> None:
@@ -96,10 +96,10 @@ class Board:
         return {number: pid for number, pid in found.items() if pid and Path("/proc", str(pid)).exists()}
 
 
-class Meter:
+class WorkerMetrics:
     """What one process counts: it is number `number` on `board`. All methods belong to the event loop's thread."""
 
-    def __init__(self, board: Board, number: int) -> None:
+    def __init__(self, board: SharedMetrics, number: int) -> None:
         self.board = board
         self._row = board.row(number)
         self._row[_PID] = os.getpid()
@@ -146,7 +146,7 @@ class Meter:
 
 
 class _Figures(Collector):
-    def __init__(self, board: Board, model: Mapping[str, str], load_seconds: float | None) -> None:
+    def __init__(self, board: SharedMetrics, model: Mapping[str, str], load_seconds: float | None) -> None:
         self._board = board
         self._model = model
         self._load_seconds = load_seconds
@@ -212,7 +212,9 @@ def _memory(pid: int) -> int | None:
         return None
 
 
-def exposition(board: Board, model: Mapping[str, str], load_seconds: float | None, accept: str) -> tuple[bytes, str]:
+def exposition(
+    board: SharedMetrics, model: Mapping[str, str], load_seconds: float | None, accept: str
+) -> tuple[bytes, str]:
     """The figures in the format that a scraper accepts, and its media type."""
     registry = CollectorRegistry()
     registry.register(_Figures(board, model, load_seconds))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from darwin_runtime.http.auth import Needs
+from darwin_runtime.http.auth import AuthPolicy
 from darwin_runtime.protocols.base import CHAT, CSV, JSON, METHOD, PARQUET
 from darwin_runtime.protocols.open_inference import tensors
-from darwin_runtime.schema.tabular import Contract, HintedPlan
+from darwin_runtime.schema.tabular import ModelSpec, TypeHintSchema
 
 Schema = dict[str, Any]
 
@@ -82,7 +82,7 @@ _SCHEMAS: dict[str, Schema] = {
 
 
 def document(
-    contract: Contract,
+    contract: ModelSpec,
     sample: Any,
     *,
     title: str,
@@ -91,7 +91,7 @@ def document(
     root_path: str,
     features: bool,
     chat: Any,
-    needs: Needs,
+    needs: AuthPolicy,
 ) -> Schema:
     """The document. `sample` is `features` for one row; `features` tells whether a feature store is there to ask.
 
@@ -115,7 +115,7 @@ def document(
     return whole
 
 
-def _secure(whole: Schema, needs: Needs) -> None:
+def _secure(whole: Schema, needs: AuthPolicy) -> None:
     """Put into the document how one gets in, and what those are told who don't."""
     certificate = {"certificate": {"type": "mutualTLS"}} if needs.certificate else {}
     keys = {"bearer": {"type": "http", "scheme": "bearer"}, "basic": {"type": "http", "scheme": "basic"}}
@@ -141,13 +141,13 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _row(contract: Contract) -> Schema:
+def _row(contract: ModelSpec) -> Schema:
     """One row, as Darwin's form has it: an object with this model's columns, or tensors without their first axis."""
     schema = {key: value for key, value in contract.plan.json_schema().items() if key != "$schema"}
     return schema or {"description": "The model has no signature: whatever it takes."}
 
 
-def _params(contract: Contract) -> Schema:
+def _params(contract: ModelSpec) -> Schema:
     properties: dict[str, Schema] = {}
     for spec in contract.params.specs:
         kind = contract.params.schema(spec["name"])
@@ -183,7 +183,7 @@ def _operation(
     }
 
 
-def _predict(contract: Contract, sample: Any, *, features: bool) -> Schema:
+def _predict(contract: ModelSpec, sample: Any, *, features: bool) -> Schema:
     rows = {"anyOf": [_ref("Row"), {"type": "array", "items": _ref("Row"), "minItems": 1}]}
     body: Schema = {
         "type": "object",
@@ -214,12 +214,12 @@ def _content(schema: Schema, example: Any) -> Schema:
     return {"schema": schema} if example is None else {"schema": schema, "example": example}
 
 
-def _listed(contract: Contract, sample: Any) -> Any:
+def _listed(contract: ModelSpec, sample: Any) -> Any:
     """`sample` as rows: what models with type hints take is a list in any case."""
-    return sample if isinstance(contract.plan, HintedPlan) else [sample]
+    return sample if isinstance(contract.plan, TypeHintSchema) else [sample]
 
 
-def _invocations(contract: Contract, sample: Any, chat: Any) -> Schema:
+def _invocations(contract: ModelSpec, sample: Any, chat: Any) -> Schema:
     records = {"type": "array", "items": _ref("Row"), "minItems": 1}
     split = {
         "type": "object",
@@ -237,7 +237,7 @@ def _invocations(contract: Contract, sample: Any, chat: Any) -> Schema:
     if chat is not None:
         example = chat
     elif sample is not None:
-        table = isinstance(sample, dict) and not isinstance(contract.plan, HintedPlan)
+        table = isinstance(sample, dict) and not isinstance(contract.plan, TypeHintSchema)
         example = {"dataframe_records": [sample]} if table else {"inputs": _listed(contract, sample)}
     content = {JSON: _content(body, example), CSV: {"schema": {"type": "string"}}}
     content[PARQUET] = {"schema": {"type": "string", "contentEncoding": "binary"}}
@@ -251,7 +251,7 @@ def _invocations(contract: Contract, sample: Any, chat: Any) -> Schema:
     return operation
 
 
-def _v1(contract: Contract, sample: Any) -> Schema:
+def _v1(contract: ModelSpec, sample: Any) -> Schema:
     body = {
         "type": "object",
         "properties": {"instances": {}, "inputs": {}, "parameters": _ref("Params")},
@@ -262,7 +262,7 @@ def _v1(contract: Contract, sample: Any) -> Schema:
     return _operation("KServe V1: predictions", "KServeError", content, answer, also=(404,))
 
 
-def _v2(contract: Contract, sample: Any) -> Schema:
+def _v2(contract: ModelSpec, sample: Any) -> Schema:
     named = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
     body = {
         "type": "object",
@@ -284,12 +284,12 @@ def _v2(contract: Contract, sample: Any) -> Schema:
         },
         "required": ["model_name", "outputs"],
     }
-    made = None if sample is None or isinstance(contract.plan, HintedPlan) else tensors(contract, sample)
+    made = None if sample is None or isinstance(contract.plan, TypeHintSchema) else tensors(contract, sample)
     content = {JSON: _content(body, None if made is None else {"inputs": made})}
     return _operation("Open Inference Protocol (KServe V2): inference", "KServeError", content, answer, also=(404,))
 
 
-def _gets(contract: Contract) -> dict[str, Schema]:
+def _gets(contract: ModelSpec) -> dict[str, Schema]:
     name = {"name": "string"}
     model = {"versions": "array", "platform": "string", "inputs": "array", "outputs": "array"}
     schema = {"inputs": "array", "outputs": "array", "sample_request": "object", "json_schema": "object"}

@@ -16,26 +16,26 @@ LOOK_SECONDS = 1.0
 logger = logging.getLogger("darwin.serve")
 
 
-class Unusable(Exception):
+class UnusableFile(Exception):
     """A mounted file cannot be read, or is not what it has to be. The message shows nothing of what is in it."""
 
 
 def content(name: str, path: Path) -> bytes:
-    """What is in the file that the setting `name` points to. Raises `Unusable`."""
+    """What is in the file that the setting `name` points to. Raises `UnusableFile`."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Unusable(f"{name}: cannot read {path}: {error.strerror or error}") from None
+        raise UnusableFile(f"{name}: cannot read {path}: {error.strerror or error}") from None
 
 
-class Mounted(Generic[T]):
+class ReloadingFile(Generic[T]):
     """What `load` makes of the files at `paths`, and again when these change; while that fails, what it made before.
 
     After each success but the first, `renewed` is called with it; a failure is logged once. Belongs to one thread.
     """
 
     def __init__(self, paths: Sequence[Path], load: Callable[[], T], renewed: Callable[[T], None]) -> None:
-        """Raises `Unusable`."""
+        """Raises `UnusableFile`."""
         self._paths, self._load, self._renewed = paths, load, renewed
         # Taken before what they hold is read: a change in between is one that the next look finds.
         self._found = self._identities()
@@ -58,7 +58,7 @@ class Mounted(Generic[T]):
             return
         try:
             self._value = self._load()
-        except Unusable as error:
+        except UnusableFile as error:
             # Not remembered as found: it is tried again, for the other half of a change may be on its way.
             if str(error) != self._told:
                 self._told = str(error)

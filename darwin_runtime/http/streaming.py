@@ -13,7 +13,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
-from darwin_runtime.engine.batching import Overloaded, TooSlow
+from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded
 
 MEDIA_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
@@ -42,7 +42,7 @@ class Streams:
         self._under_way = 0
 
     async def pieces(self, start: Callable[[], Iterator[Any]], timeout: float) -> AsyncGenerator[Any, None]:
-        """What `start` yields; it runs, and is closed, on a thread. Raises what that raises, `Overloaded`, `TooSlow`.
+        """What `start` yields; it runs, and is closed, on a thread. Raises what that raises, `Overloaded`, `DeadlineExceeded`.
 
         `timeout` is for each piece, in seconds.
         """
@@ -81,7 +81,7 @@ class Streams:
                     piece = await asyncio.wait_for(made.get(), timeout)
                 except (TimeoutError, asyncio.TimeoutError):
                     loop.call_later(timeout, lambda: thread.is_alive() and self.on_hang())
-                    raise TooSlow(f"no piece of the answer within {timeout:g} seconds") from None
+                    raise DeadlineExceeded(f"no piece of the answer within {timeout:g} seconds") from None
                 if piece is _END:
                     return
                 if isinstance(piece, BaseException):

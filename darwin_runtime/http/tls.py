@@ -17,7 +17,7 @@ from typing import Any
 
 import uvloop
 
-from darwin_runtime.http.reloading import Mounted, Unusable, content
+from darwin_runtime.http.reloading import ReloadingFile, UnusableFile, content
 from darwin_runtime.settings import Reader
 
 # How long a client may take for the handshake; and for what is left of an answer, and its last word, when we close.
@@ -49,10 +49,10 @@ class Context(ssl.SSLContext):
         return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
 
     def __init__(self, files: Files) -> None:
-        """Raises `Unusable`."""
+        """Raises `UnusableFile`."""
         self.asks_certificate = files.client_ca is not None
         self.about = f"the TLS certificate in {files.cert}"
-        self._newest = Mounted(files.all, lambda: _load(files), self._renewed)
+        self._newest = ReloadingFile(files.all, lambda: _load(files), self._renewed)
 
     def wrap_bio(self, *args: Any, **given: Any) -> ssl.SSLObject:
         return self._newest.value[0].wrap_bio(*args, **given)
@@ -71,13 +71,13 @@ class Context(ssl.SSLContext):
 
 
 def _load(files: Files) -> tuple[ssl.SSLContext, datetime]:
-    """A context with what is in `files`, and when the certificate expires. Raises `Unusable`."""
+    """A context with what is in `files`, and when the certificate expires. Raises `UnusableFile`."""
     pem = _text("TLS_CERT_FILE", files.cert)
     chain = _CERTIFICATE.findall(pem)
     if not chain:
-        raise Unusable(f"TLS_CERT_FILE: there is no certificate in {files.cert}, in PEM")
+        raise UnusableFile(f"TLS_CERT_FILE: there is no certificate in {files.cert}, in PEM")
     if "PRIVATE KEY-----" not in _text("TLS_KEY_FILE", files.key):
-        raise Unusable(f"TLS_KEY_FILE: there is no private key in {files.key}, in PEM")
+        raise UnusableFile(f"TLS_KEY_FILE: there is no private key in {files.key}, in PEM")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A client of TLS 1.2 could have us do the expensive part of a handshake over and over.
@@ -85,27 +85,27 @@ def _load(files: Files) -> tuple[ssl.SSLContext, datetime]:
     context.set_alpn_protocols(["http/1.1"])
 
     def refuse() -> str:  # else OpenSSL would ask at the terminal
-        raise Unusable(f"TLS_KEY_FILE: the key in {files.key} is encrypted: give one without a password")
+        raise UnusableFile(f"TLS_KEY_FILE: the key in {files.key} is encrypted: give one without a password")
 
     try:
         context.load_cert_chain(files.cert, files.key, password=refuse)
         expiry = _expiry(ssl.PEM_cert_to_DER_cert(chain[0]))
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise Unusable(
+            raise UnusableFile(
                 f"the key in {files.key} (TLS_KEY_FILE) is not that of {files.cert} (TLS_CERT_FILE)"
             ) from None
-        raise Unusable(f"{files.cert} and {files.key} (TLS_CERT_FILE, TLS_KEY_FILE): {_reason(error)}") from None
+        raise UnusableFile(f"{files.cert} and {files.key} (TLS_CERT_FILE, TLS_KEY_FILE): {_reason(error)}") from None
     except (OSError, ValueError, IndexError) as error:
-        raise Unusable(f"{files.cert} and {files.key} (TLS_CERT_FILE, TLS_KEY_FILE): {error}") from None
+        raise UnusableFile(f"{files.cert} and {files.key} (TLS_CERT_FILE, TLS_KEY_FILE): {error}") from None
     if files.client_ca:
         authorities = _CERTIFICATE.findall(_text("TLS_CLIENT_CA_FILE", files.client_ca))
         if not authorities:
-            raise Unusable(f"TLS_CLIENT_CA_FILE: there is no certificate in {files.client_ca}, in PEM")
+            raise UnusableFile(f"TLS_CLIENT_CA_FILE: there is no certificate in {files.client_ca}, in PEM")
         try:
             context.load_verify_locations(cadata="\n".join(authorities))
         except ssl.SSLError as error:
-            raise Unusable(f"TLS_CLIENT_CA_FILE: {files.client_ca}: {_reason(error)}") from None
+            raise UnusableFile(f"TLS_CLIENT_CA_FILE: {files.client_ca}: {_reason(error)}") from None
         # Probes of the kubelet have none; what else needs one, `auth.Guard` says.
         context.verify_mode = ssl.CERT_OPTIONAL
     return context, expiry
@@ -174,7 +174,7 @@ def from_env(read: Reader) -> Context | None:
         return None
     try:
         return Context(Files(Path(cert), Path(key), Path(client_ca) if client_ca else None))
-    except Unusable as error:
+    except UnusableFile as error:
         read.problems.append(
             f"{error}, for example TLS_CERT_FILE=/etc/darwin/tls/tls.crt TLS_KEY_FILE=/etc/darwin/tls/tls.key"
         )

@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from darwin_runtime.model.native import FLAVORS, Twins, Unproven, on_matrix, one_job
-from darwin_runtime.model.sample_rows import Probes, forms
-from darwin_runtime.schema.tabular import Plan, Rows
+from darwin_runtime.model.native import FLAVORS, NativeCopies, NotEquivalent, on_matrix, one_job
+from darwin_runtime.model.sample_rows import SampleRows, forms
+from darwin_runtime.schema.tabular import InputSchema, Rows
 
 Params = Mapping[str, Any] | None
 
@@ -42,26 +42,26 @@ BUDGET = 1.0
 FURTHER = 0.05
 
 
-class TooSlow(Unproven):
+class NotFaster(NotEquivalent):
     """The proof takes more time than it may."""
 
 
 @dataclass(frozen=True)
-class Path:
-    """How a model predicts: with `arrays` if there is such a way and it doesn't raise, else with `tables`.
+class Predictor:
+    """How a model predicts: with `predict_array` if there is such a way and it doesn't raise, else with `predict_dataframe`.
 
     Where it is `batchable`, rows predicted together get what each would get alone, but for the last bits of floats;
-    `Proof.batchable` says how many.
+    `EquivalenceCheck.batchable` says how many.
     """
 
-    tables: Callable[[Rows, Params], Any]
-    arrays: Callable[[Rows], Any] | None = None
+    predict_dataframe: Callable[[Rows, Params], Any]
+    predict_array: Callable[[Rows], Any] | None = None
     batchable: bool = False
     description: str = "predicts through pyfunc"
 
 
-def plain(pyfunc: Any) -> Path:
-    return Path(lambda rows, params: pyfunc.predict(rows.for_model(), params=dict(params) if params else None))
+def plain(pyfunc: Any) -> Predictor:
+    return Predictor(lambda rows, params: pyfunc.predict(rows.for_model(), params=dict(params) if params else None))
 
 
 # What scikit-learn's estimators and those that share its API may answer besides `predict`.
@@ -92,19 +92,19 @@ def asked(pyfunc: Any, method: str) -> Any:
 
 def prove(
     pyfunc: Any,
-    plan: Plan,
+    plan: InputSchema,
     example: Rows | None = None,
     *,
     method: str = "predict",
     fast: bool = True,
     budget: float = BUDGET,
-) -> Path:
+) -> Predictor:
     """The quickest path for the model, found in some 50 ms and in about twice `budget` seconds at most.
 
     If not `fast`, it is plain, but maybe batchable. Raises nothing: what can't be proven is not used, and the path's
     description says why.
     """
-    proof = Proof(pyfunc, plan, example, budget, method)
+    proof = EquivalenceCheck(pyfunc, plan, example, budget, method)
     path, why = plain(pyfunc), [] if fast else ["FAST_PATH=off"]
     with _undisturbed():
         for step in (proof.unenforced, proof.on_arrays) if fast else ():
@@ -112,7 +112,7 @@ def prove(
                 path = step(path)
             except Exception as error:
                 why.append(_reason(error))
-        if path.arrays:
+        if path.predict_array:
             why = []
         try:
             path = proof.batchable(path)
@@ -124,7 +124,7 @@ def prove(
 
 
 def _reason(error: Exception) -> str:
-    text = str(error) if isinstance(error, Unproven) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, NotEquivalent) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:300]
 
 
@@ -172,36 +172,36 @@ class Clock:
 
     def check(self) -> None:
         if self.spent():
-            raise TooSlow(f"the proof takes more than {self.budget:g} s")
+            raise NotFaster(f"the proof takes more than {self.budget:g} s")
 
 
-class Proof:
-    """The steps of `prove`. Each returns a better path, or raises, mostly `Unproven`."""
+class EquivalenceCheck:
+    """The steps of `prove`. Each returns a better path, or raises, mostly `NotEquivalent`."""
 
-    def __init__(self, pyfunc: Any, plan: Plan, example: Rows | None, budget: float, method: str) -> None:
+    def __init__(self, pyfunc: Any, plan: InputSchema, example: Rows | None, budget: float, method: str) -> None:
         self.method = method
         self.pyfunc = pyfunc
         self.plan = plan
         self.example = example
         self.budget = budget
 
-    def unenforced(self, path: Path) -> Path:
+    def unenforced(self, path: Predictor) -> Predictor:
         """Do as `PyFuncModel.predict` does, prediction context and all, but give the model its input as it is."""
         from mlflow.pyfunc import _enforce_params_schema, _enforce_schema
 
         metadata, predict = self.pyfunc.metadata, self.pyfunc._predict_fn
         if metadata._is_signature_from_type_hint() or metadata._is_type_hint_from_example():
-            raise Unproven("the model has type hints, which MLflow enforces")
+            raise NotEquivalent("the model has type hints, which MLflow enforces")
         schema, params_schema = metadata.get_input_schema(), metadata.get_params_schema()
         if schema is not None and not self.plan.inputs:
-            raise Unproven("its signature has no inputs")
+            raise NotEquivalent("its signature has no inputs")
         for rows in forms(self.plan, self.example):
             if not same(_enforce_schema(rows.for_model(), schema, self.pyfunc.loader_module), rows.for_model()):
-                raise Unproven("MLflow's check of the schema changes what the model gets")
+                raise NotEquivalent("MLflow's check of the schema changes what the model gets")
         parameter = inspect.signature(predict).parameters.get("params")
         takes_params = parameter is not None and parameter.kind != inspect.Parameter.VAR_KEYWORD
         if params_schema and not takes_params:
-            raise Unproven("the signature has params and the model takes none, of which MLflow warns")
+            raise NotEquivalent("the signature has params and the model takes none, of which MLflow warns")
 
         def without_enforcement(data: Any, params: Params = None) -> Any:
             params = _enforce_params_schema(params, params_schema)
@@ -213,30 +213,32 @@ class Proof:
         def tables(rows: Rows, params: Params) -> Any:
             return quicker.predict(_by_column(rows).for_model(), params=dict(params) if params else None)
 
-        return replace(path, tables=tables, description="predicts through pyfunc without a second check of the schema")
+        return replace(
+            path, predict_dataframe=tables, description="predicts through pyfunc without a second check of the schema"
+        )
 
-    def on_arrays(self, path: Path) -> Path:
+    def on_arrays(self, path: Predictor) -> Predictor:
         """Call the estimator itself, with kernels if they hold, else without."""
         probes = self._probes
         numbers = {field.number for field in probes.fields}
         if None in numbers:
-            raise Unproven("not all columns are numbers")
+            raise NotEquivalent("not all columns are numbers")
         for kernels in (True, False):
-            twins = Twins(kernels)
+            twins = NativeCopies(kernels)
             try:
                 arrays = on_matrix(self.pyfunc, self.method, probes.plan, numbers, twins)
                 with one_job(twins.forests):
-                    self._compare(arrays, lambda rows: path.tables(rows, None), probes)
+                    self._compare(arrays, lambda rows: path.predict_dataframe(rows, None), probes)
                 break
             except Exception as error:
-                if not kernels or isinstance(error, TooSlow):
+                if not kernels or isinstance(error, NotFaster):
                     raise
         name = type(self.pyfunc.get_raw_model()).__name__
         asked = "" if self.method == "predict" else f" and {self.method}"
-        return replace(path, arrays=arrays, description=f"predicts on arrays with {name}{asked}")
+        return replace(path, predict_array=arrays, description=f"predicts on arrays with {name}{asked}")
 
-    def _compare(self, arrays: Callable[[Rows], Any], tables: Callable[[Rows], Any], probes: Probes) -> None:
-        """Raise `Unproven` unless whatever `arrays` answers is what `tables` answers."""
+    def _compare(self, arrays: Callable[[Rows], Any], tables: Callable[[Rows], Any], probes: SampleRows) -> None:
+        """Raise `NotEquivalent` unless whatever `predict_array` answers is what `predict_dataframe` answers."""
         typical, odd = probes.typical, probes.odd
         answered, clock = 0, Clock(self.budget)
         pyfunc: Callable[[Rows], Any] = lambda rows: self.pyfunc.predict(rows.for_model())  # noqa: E731
@@ -257,19 +259,19 @@ class Proof:
             expected, found = _outcome(reference, rows), _outcome(arrays, rows)
             if found.error:  # then the tables answer
                 if not expected.error and batch[0] is typical[0]:
-                    raise Unproven(f"on arrays it raises {_reason(found.error)}")
+                    raise NotEquivalent(f"on arrays it raises {_reason(found.error)}")
                 continue
             if expected.error:
-                raise Unproven(f"on arrays it doesn't raise {_reason(expected.error)}")
+                raise NotEquivalent(f"on arrays it doesn't raise {_reason(expected.error)}")
             if more := found.warned - expected.warned:
-                raise Unproven(f"on arrays it warns: {' '.join(str(next(iter(more))[1]).split())}")
+                raise NotEquivalent(f"on arrays it warns: {' '.join(str(next(iter(more))[1]).split())}")
             if not same(found.answer, expected.answer):
-                raise Unproven(f"on arrays it answers otherwise, for {len(batch)} rows")
+                raise NotEquivalent(f"on arrays it answers otherwise, for {len(batch)} rows")
             answered += len(batch)
         if not answered:
-            raise Unproven("no row is known that it answers")
+            raise NotEquivalent("no row is known that it answers")
 
-    def batchable(self, path: Path) -> Path:
+    def batchable(self, path: Predictor) -> Predictor:
         """Rows predicted together are answered as alone, in an array, table or list with a row for each.
 
         A float may differ by the last bits: by 1e-9 (64 bits) or 1e-4 (32 bits) of the largest magnitude in its
@@ -278,13 +280,13 @@ class Proof:
         """
         probes = self._probes
         if self.pyfunc.loader_module == "mlflow.xgboost" and self.pyfunc.metadata.get_params_schema():
-            raise Unproven("a param may hold a value for each row")
+            raise NotEquivalent("a param may hold a value for each row")
 
         def call(rows: Rows) -> Any:
-            if path.arrays:
+            if path.predict_array:
                 with contextlib.suppress(Exception):
-                    return path.arrays(rows)
-            return path.tables(rows, None)
+                    return path.predict_array(rows)
+            return path.predict_dataframe(rows, None)
 
         alone: list[tuple[list[Any], Any]] = []
         clock = Clock(self.budget)
@@ -296,22 +298,22 @@ class Proof:
             if not outcome.error:
                 alone.append((row, outcome.answer))
         if len(alone) < 3:
-            raise Unproven("it answers too few made-up rows")
+            raise NotEquivalent("it answers too few made-up rows")
         for part in (alone, alone[:2], alone[-3:], alone[::-1] * 4):
             clock.check()
             outcome = _outcome(call, probes.rows([row for row, _ in part]))
             if outcome.error:
-                raise Unproven(f"rows that it answers one by one make it raise {_reason(outcome.error)}")
+                raise NotEquivalent(f"rows that it answers one by one make it raise {_reason(outcome.error)}")
             if not _splits_into(outcome.answer, [answer for _, answer in part]):
-                raise Unproven("what a row is answered depends on the rows beside it")
+                raise NotEquivalent("what a row is answered depends on the rows beside it")
         return replace(path, batchable=True)
 
     @functools.cached_property
-    def _probes(self) -> Probes:
+    def _probes(self) -> SampleRows:
         if self.pyfunc.loader_module not in FLAVORS:
-            raise Unproven(f"{self.pyfunc.loader_module} may run any code")
-        Twins(kernels=False).of(self.pyfunc.get_raw_model())
-        return Probes.of(self.plan, self.example)
+            raise NotEquivalent(f"{self.pyfunc.loader_module} may run any code")
+        NativeCopies(kernels=False).of(self.pyfunc.get_raw_model())
+        return SampleRows.of(self.plan, self.example)
 
 
 def _by_column(rows: Rows) -> Rows:

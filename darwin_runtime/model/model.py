@@ -23,7 +23,7 @@ from darwin_runtime import mlflow_import
 from darwin_runtime.logs import RoleError, hide
 from darwin_runtime.model import fast_path
 from darwin_runtime.schema.datatypes import Spec
-from darwin_runtime.schema.tabular import Contract, ParamPlan, Plan, Rows, plan_of
+from darwin_runtime.schema.tabular import InputSchema, ModelSpec, ParamSchema, Rows, compile_schema
 from darwin_runtime.storage import digest, disk
 
 MODEL_FILE = "MLmodel"
@@ -71,7 +71,7 @@ MAX_MESSAGE = 2000
 logger = logging.getLogger("darwin.model")
 
 
-class Refused(Exception):
+class InputRejected(Exception):
     """The model, or MLflow on its behalf, does not accept this input. `by_schema` if a check of types said so."""
 
     def __init__(self, message: str, *, by_schema: bool = False) -> None:
@@ -94,25 +94,25 @@ class Model:
 
     directory: Path
     flavors: tuple[str, ...]
-    plan: Plan
-    params: ParamPlan
+    plan: InputSchema
+    params: ParamSchema
     outputs: Sequence[Spec]
     example: bytes | None
     pyfunc: Any
-    paths: Mapping[str, fast_path.Path]
+    paths: Mapping[str, fast_path.Predictor]
     method: str
     load_seconds: float = 0.0
 
     @property
-    def path(self) -> fast_path.Path:
+    def path(self) -> fast_path.Predictor:
         """How it predicts unless asked otherwise."""
         return self.paths[self.method]
 
-    def contract(self, name: str, version: str = "") -> Contract:
+    def contract(self, name: str, version: str = "") -> ModelSpec:
         """What clients who know it by `name` and `version` can ask, and how."""
         classes: Any = getattr(fast_path.raw(self.pyfunc), "classes_", None)
         one_output = isinstance(classes, np.ndarray) and classes.ndim == 1
-        return Contract(
+        return ModelSpec(
             plan=self.plan,
             params=self.params,
             # They were inferred from what the method that the model was logged with answers.
@@ -143,27 +143,27 @@ class Model:
     def predict(self, rows: Rows, params: Mapping[str, Any] | None = None, method: str = "") -> Any:
         """What `mlflow.pyfunc`, or another `method` than the usual one, answers to `rows`.
 
-        Raises `Refused` or `PredictionFailed`.
+        Raises `RequestRefused` or `PredictionFailed`.
         """
-        if rows.as_sent:
-            return _worded(lambda: self.pyfunc.predict(rows.value, params=dict(params or {})), doubtful=True)
+        if rows.passthrough:
+            return _worded(lambda: self.pyfunc.predict(rows.value, params=dict(params or {})), unvalidated=True)
         path = self.paths[method or self.method]
-        if path.arrays and not params:
+        if path.predict_array and not params:
             # Whatever it raises, what counts is what pyfunc says of these rows.
             with contextlib.suppress(BaseException):
-                return path.arrays(rows)
-        return _worded(lambda: path.tables(rows, params), doubtful=rows.doubtful)
+                return path.predict_array(rows)
+        return _worded(lambda: path.predict_dataframe(rows, params), unvalidated=rows.unvalidated)
 
     def stream(self, rows: Rows, params: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """The pieces of an answer, as the model yields them. Raises, also later, as `predict` does."""
-        pieces = _worded(lambda: self.pyfunc.predict_stream(rows.value, params=dict(params or {})), doubtful=True)
+        pieces = _worded(lambda: self.pyfunc.predict_stream(rows.value, params=dict(params or {})), unvalidated=True)
         done = object()
         try:
-            while (piece := _worded(lambda: next(pieces, done), doubtful=False)) is not done:
+            while (piece := _worded(lambda: next(pieces, done), unvalidated=False)) is not done:
                 yield piece
         except PredictionFailed as error:
             if isinstance(error.__cause__, NotImplementedError):  # as all classes of MLflow's do that don't stream
-                raise Refused("this model cannot answer piece by piece: leave out stream") from error
+                raise InputRejected("this model cannot answer piece by piece: leave out stream") from error
             raise
         finally:
             if hasattr(pieces, "close"):
@@ -172,22 +172,22 @@ class Model:
     def predict_own_example(self) -> Any:
         """What the model answers to its input example as MLflow stored it. Raises like `predict`."""
         params = self.pyfunc.metadata.load_input_example_params(str(self.directory))
-        return _worded(lambda: self.pyfunc.predict(self.pyfunc.input_example, params=params), doubtful=False)
+        return _worded(lambda: self.pyfunc.predict(self.pyfunc.input_example, params=params), unvalidated=False)
 
 
-def _worded(predict: Callable[[], Any], *, doubtful: bool) -> Any:
+def _worded(predict: Callable[[], Any], *, unvalidated: bool) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
         return predict()
     except MlflowException as error:
         # What MLflow raises on input it was left to check has any code.
-        if doubtful or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-            raise Refused(_short(error), by_schema=error.error_code == "INVALID_PARAMETER_VALUE") from error
+        if unvalidated or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            raise InputRejected(_short(error), by_schema=error.error_code == "INVALID_PARAMETER_VALUE") from error
         raise PredictionFailed(_short(error)) from error
     except BaseException as error:  # a model's code may raise anything, and only the one who asked is to hear of it
         blameless = isinstance(error, (MemoryError, OSError)) or not isinstance(error, Exception)
-        raise (Refused if doubtful and not blameless else PredictionFailed)(_short(error)) from error
+        raise (InputRejected if unvalidated and not blameless else PredictionFailed)(_short(error)) from error
 
 
 def _short(error: BaseException) -> str:
@@ -260,8 +260,8 @@ def load(directory: Path, model_config: Mapping[str, Any] | None = None, method:
     return Model(
         directory=directory,
         flavors=tuple(name for name in description["flavors"] if name != PYFUNC) or (PYFUNC,),
-        plan=plan_of(inputs, from_type_hint=pyfunc.metadata._is_signature_from_type_hint()),
-        params=ParamPlan(signature.params.to_dict() if signature and signature.params else None),
+        plan=compile_schema(inputs, from_type_hint=pyfunc.metadata._is_signature_from_type_hint()),
+        params=ParamSchema(signature.params.to_dict() if signature and signature.params else None),
         outputs=signature.outputs.to_dict() if signature and signature.outputs else (),
         example=_example(directory, description),
         pyfunc=pyfunc,

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from darwin_runtime.schema.datatypes import Array
-from darwin_runtime.schema.tabular import ColumnPlan, Plan, Rows
+from darwin_runtime.schema.tabular import InputSchema, Rows, TabularSchema
 
 Method = Callable[..., Any]
 
@@ -30,29 +30,31 @@ KNOWN = frozenset({"sklearn", "_loss", "lightgbm", "xgboost", "catboost", "numpy
 EXACT = 2**53
 
 
-class Unproven(Exception):
+class NotEquivalent(Exception):
     """Why a way, or predicting rows of several requests together, is not for this model."""
 
 
-def on_matrix(pyfunc: Any, method: str, plan: Plan, numbers: AbstractSet[Any], twins: Twins) -> Callable[[Rows], Any]:
+def on_matrix(
+    pyfunc: Any, method: str, plan: InputSchema, numbers: AbstractSet[Any], twins: NativeCopies
+) -> Callable[[Rows], Any]:
     """What the flavor's wrapper in MLflow does with `method`, with a matrix laid out in memory as its table would be.
 
     `numbers` are the dtypes of the columns. What is returned raises for rows that are no matrix of the same numbers.
     """
     predict = _predict_of(pyfunc, method, plan, twins)
-    order: Any = "F" if isinstance(plan, ColumnPlan) else "C"
+    order: Any = "F" if isinstance(plan, TabularSchema) else "C"
     rounds = np.dtype(np.int64) in numbers and len(numbers) > 1
 
     def arrays(rows: Rows) -> Any:
         matrix = rows.matrix()
         if matrix is None or (rounds and (np.abs(matrix) >= EXACT).any()):
-            raise Unproven("these rows are no matrix")
+            raise NotEquivalent("these rows are no matrix")
         return predict(np.array(matrix, order=order))
 
     return arrays
 
 
-def _predict_of(pyfunc: Any, method: str, plan: Plan, twins: Twins) -> Method:
+def _predict_of(pyfunc: Any, method: str, plan: InputSchema, twins: NativeCopies) -> Method:
     model, flavor = pyfunc.get_raw_model(), pyfunc.loader_module
     if flavor == "mlflow.xgboost":
         if not hasattr(model, "inplace_predict"):
@@ -66,13 +68,17 @@ def _predict_of(pyfunc: Any, method: str, plan: Plan, twins: Twins) -> Method:
     if flavor == "mlflow.lightgbm" and not hasattr(model, "booster_"):
         return lambda matrix: model.predict(_floats(matrix))
     trained_on = getattr(model, "feature_names_in_", None) if flavor == "mlflow.sklearn" else None
-    if trained_on is not None and isinstance(plan, ColumnPlan) and list(trained_on) != [c.name for c in plan.columns]:
-        raise Unproven("the signature's columns are not those, in order, that the model was trained on")
+    if (
+        trained_on is not None
+        and isinstance(plan, TabularSchema)
+        and list(trained_on) != [c.name for c in plan.columns]
+    ):
+        raise NotEquivalent("the signature's columns are not those, in order, that the model was trained on")
     predict: Method = getattr(twins.of(model), method)
     return predict
 
 
-class Twins:
+class NativeCopies:
     """Copies of fitted estimators that don't ask for the names of columns, and use `KERNELS` if they may.
 
     They share what was learnt. `forests` are the originals, not in their copies, whose trees may run in threads.
@@ -84,7 +90,7 @@ class Twins:
         self._made: dict[int, Any] = {}
 
     def of(self, part: Any) -> Any:
-        """Raises `Unproven` if `part`, or anything in it, is not of a known library."""
+        """Raises `NotEquivalent` if `part`, or anything in it, is not of a known library."""
         kind = type(part)
         if part is None or kind in (bool, int, float, str, bytes):
             return part
@@ -110,7 +116,7 @@ class Twins:
         code = part if isinstance(part, (type, types.FunctionType, types.BuiltinFunctionType)) else kind
         root = str(code.__module__).partition(".")[0]
         if root not in KNOWN and root not in sys.stdlib_module_names:
-            raise Unproven(f"{code.__module__}.{code.__qualname__} is the model's own code")
+            raise NotEquivalent(f"{code.__module__}.{code.__qualname__} is the model's own code")
         # LightGBM's wrappers are copied, too, but not its Booster, which owns memory.
         copied = root == "sklearn" or (root == "lightgbm" and hasattr(part, "get_params"))
         new: Any = kind.__new__  # another one than object's has what is written in Cython

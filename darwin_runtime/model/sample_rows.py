@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from darwin_runtime.model.native import Unproven
+from darwin_runtime.model.native import NotEquivalent
 from darwin_runtime.schema.datatypes import Array
-from darwin_runtime.schema.tabular import ColumnPlan, Plan, Rows, TensorPlan
+from darwin_runtime.schema.tabular import InputSchema, Rows, TabularSchema, TensorSchema
 
 NUMBERS = {"integer": "int32", "long": "int64", "float": "float32", "double": "float64"}
 SCALARS = frozenset({*NUMBERS, "boolean", "string", "binary", "datetime"})
@@ -59,27 +59,27 @@ def _extremes(number: np.dtype[Any]) -> list[Any]:
     return _fit(np.array(EXTREMES), number)
 
 
-def _fields(plan: Plan, example: Rows | None) -> list[Field]:
+def _fields(plan: InputSchema, example: Rows | None) -> list[Field]:
     """The columns of a table, or of an unnamed tensor that is like one."""
-    if isinstance(plan, ColumnPlan):
+    if isinstance(plan, TabularSchema):
         fields = []
         shown = _shown(example) if example else {}
         for column in plan.columns:
             cell = column.cell
             if cell.name not in SCALARS:
-                raise Unproven(f"column {column.key!r} is of {cell.name}")
+                raise NotEquivalent(f"column {column.key!r} is of {cell.name}")
             number = np.dtype(NUMBERS[cell.name]) if cell.name in NUMBERS else None
             near = shown.get(column.key) or ([] if number else [cell.sample])
             nulls = "null" in cell.schema["type"] or (not column.required and number is None)
             fields.append(Field(near, number, nulls))
         return fields
-    if isinstance(plan, TensorPlan) and not plan.named and len(plan.tensors[0].shape) == 2:
+    if isinstance(plan, TensorSchema) and not plan.named and len(plan.tensors[0].shape) == 2:
         tensor = plan.tensors[0]
         width = example.value.shape[1] if example else tensor.shape[1]
         if tensor.batched and width > 0 and tensor.dtype.kind in "iuf":
             near = [_wire(values) for values in example.value.T] if example else [[]] * width
             return [Field(values, tensor.dtype, tensor.dtype.kind == "f") for values in near]
-    raise Unproven("its input is not a table" if plan.inputs else "it has no signature")
+    raise NotEquivalent("its input is not a table" if plan.inputs else "it has no signature")
 
 
 def _shown(example: Rows) -> dict[str, list[Any]]:
@@ -98,10 +98,10 @@ def _wire(values: Array) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Probes:
+class SampleRows:
     """Rows to try a model on, as requests write them: 64 like the example, odd ones, and ones with nulls."""
 
-    plan: Plan
+    plan: InputSchema
     fields: list[Field]
     typical: list[list[Any]]
     odd: list[list[Any]]
@@ -111,7 +111,7 @@ class Probes:
         return self.plan.split(None, values)
 
     @classmethod
-    def of(cls, plan: Plan, example: Rows | None) -> Probes:
+    def of(cls, plan: InputSchema, example: Rows | None) -> SampleRows:
         fields = _fields(plan, example)
         rng = np.random.default_rng(0)
         shown = min(example.count, 8) if example else 0
@@ -132,14 +132,14 @@ def _rows(columns: list[list[Any]]) -> list[list[Any]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def forms(plan: Plan, example: Rows | None) -> Iterator[Rows]:
+def forms(plan: InputSchema, example: Rows | None) -> Iterator[Rows]:
     """Every form that rows can have for MLflow's check of the schema, which looks at types, names and labels."""
-    if isinstance(plan, TensorPlan):
+    if isinstance(plan, TensorSchema):
         if any(tensor.dtype.kind not in "iufbM" for tensor in plan.tensors):
-            raise Unproven("it takes tensors of text")
+            raise NotEquivalent("it takes tensors of text")
         samples = {tensor.key: tensor.sample() for tensor in plan.tensors}
         yield plan.instances(samples if plan.named else samples[""])
-    elif isinstance(plan, ColumnPlan):
+    elif isinstance(plan, TabularSchema):
         fields = _fields(plan, example)
         full = _rows([field.odd() for field in fields])[-3:]
         nulls = [None if field.nulls else value for field, value in zip(fields, full[0], strict=True)]

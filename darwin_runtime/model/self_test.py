@@ -16,10 +16,10 @@ from typing import Any
 from darwin_runtime import allocator
 from darwin_runtime.logs import RoleError, mask_uri
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import Model, PredictionFailed, Refused
+from darwin_runtime.model.model import InputRejected, Model, PredictionFailed
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols.base import Malformed
-from darwin_runtime.protocols.encoding import Unwritable
+from darwin_runtime.protocols.base import BadRequest
+from darwin_runtime.protocols.encoding import EncodingError
 from darwin_runtime.schema.datatypes import InputError
 from darwin_runtime.schema.tabular import Rows
 from darwin_runtime.storage import cache, digest, disk, output
@@ -34,9 +34,9 @@ def example_rows(model: Model) -> Rows | None:
         return None
     try:
         rows = protocols.read_invocations(model.example, {}, model.contract("")).rows
-    except (Malformed, InputError):
+    except (BadRequest, InputError):
         return None
-    return None if rows.as_sent else rows
+    return None if rows.passthrough else rows
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ def self_test(model: Model) -> str:
         return "it has no input example to test it with"
     try:
         request = protocols.read_invocations(model.example, {}, model.contract(""))
-    except (Malformed, InputError) as error:
+    except (BadRequest, InputError) as error:
         logger.warning("the model's input example cannot be sent as a request: %s", error)
         request = None
     try:
         protocols.write_predictions(
             model.predict(request.rows, request.params) if request else model.predict_own_example()
         )
-    except (Refused, PredictionFailed, Unwritable) as error:
+    except (InputRejected, PredictionFailed, EncodingError) as error:
         raise RoleError(f"the model in {model.directory} fails on its own input example: {error}") from error
     return "it answered its own input example"
 

@@ -20,12 +20,12 @@ import numpy as np
 import orjson
 import pandas as pd
 
-from darwin_runtime.engine.batching import Overloaded, Request, TooSlow
+from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded, PredictionRequest
 from darwin_runtime.http.auth import Forbidden, Unauthorized
-from darwin_runtime.model.model import PredictionFailed, Refused
-from darwin_runtime.protocols.encoding import Unwritable, dump, plain
+from darwin_runtime.model.model import InputRejected, PredictionFailed
+from darwin_runtime.protocols.encoding import EncodingError, dump, plain
 from darwin_runtime.schema.datatypes import MOST_DEPTH, InputError, ParamsError, Spec, nested_too_deep, refuse
-from darwin_runtime.schema.tabular import MOST_CELLS, Contract, Plan, Rows, describe
+from darwin_runtime.schema.tabular import MOST_CELLS, InputSchema, ModelSpec, Rows, describe
 
 JSON = "application/json"
 CSV = "text/csv"
@@ -55,11 +55,11 @@ MOST_PARQUET_BYTES = 64 * 1024 * 1024
 MOST_CONTAINERS = 4_000_000
 
 
-class Malformed(ValueError):
+class BadRequest(ValueError):
     """The body is not what the protocol says, whatever the model."""
 
 
-class Unsupported(ValueError):
+class UnsupportedMediaType(ValueError):
     """The Content-Type, or the Content-Encoding, is none that can be read."""
 
 
@@ -79,7 +79,7 @@ class NotReady(Exception):
     """The model has not been loaded yet, or is being unloaded."""
 
 
-class StoreFailed(Exception):
+class FeatureStoreError(Exception):
     """The feature store gave no features, for `status`, which is HTTP's, and the reason in the message."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -99,30 +99,30 @@ class Reply(NamedTuple):
 # As a request has them: names in lower case.
 Headers = Mapping[bytes, bytes]
 
-# Raises `Malformed`, `InputError`, `Unsupported` or `NotAcceptable`.
-Read = Callable[[bytes, Headers, Contract], Request]
+# Raises `BadRequest`, `InputError`, `UnsupportedMediaType` or `NotAcceptable`.
+Read = Callable[[bytes, Headers, ModelSpec], PredictionRequest]
 
 
 # Every protocol
 
 
 def decoded(body: bytes, encoding: bytes, most: int) -> bytes:
-    """`body` without its Content-Encoding, of at most `most` bytes. Raises `Unsupported`, `Malformed` or `TooLarge`."""
+    """`body` without its Content-Encoding, of at most `most` bytes. Raises `UnsupportedMediaType`, `BadRequest` or `TooLarge`."""
     name = encoding.strip().lower()
     if name in (b"", b"identity"):
         return body
     if name not in (b"gzip", b"x-gzip", b"deflate"):
-        raise Unsupported(f"Content-Encoding {_shown(encoding)} is not supported: send gzip, deflate, or none")
+        raise UnsupportedMediaType(f"Content-Encoding {_shown(encoding)} is not supported: send gzip, deflate, or none")
     unzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # which of both it is, the first bytes tell
     most = min(most, INFLATION * len(body) + 1024 * 1024)
     try:
         plain_body = unzip.decompress(body, most)
     except zlib.error as error:
-        raise Malformed(f"the body is not {name.decode()}: {error}") from None
+        raise BadRequest(f"the body is not {name.decode()}: {error}") from None
     if unzip.unconsumed_tail:
         raise TooLarge(f"the body of {len(body)} bytes is larger than {most} bytes once it is decompressed")
     if not unzip.eof or unzip.unused_data:
-        raise Malformed(f"the body is not {name.decode()}: it is cut short, or more follows")
+        raise BadRequest(f"the body is not {name.decode()}: it is cut short, or more follows")
     return plain_body
 
 
@@ -144,11 +144,13 @@ def _media_type(content_type: bytes, known: tuple[str, ...]) -> str:
     for parameter in filter(None, parameters):
         key, _, value = parameter.partition("=")
         if key.strip().lower() != "charset":
-            raise Unsupported(f"Content-Type parameter {key.strip()[:100]!r} is not supported: only charset is")
+            raise UnsupportedMediaType(
+                f"Content-Type parameter {key.strip()[:100]!r} is not supported: only charset is"
+            )
         if value.strip(" \"'").lower() not in ("utf-8", "utf8"):
-            raise Unsupported("only UTF-8 is supported")
+            raise UnsupportedMediaType("only UTF-8 is supported")
     if media_type.lower() not in known:
-        raise Unsupported(f"Content-Type {media_type[:100]!r} is not supported: send {' or '.join(known)}")
+        raise UnsupportedMediaType(f"Content-Type {media_type[:100]!r} is not supported: send {' or '.join(known)}")
     return media_type.lower()
 
 
@@ -181,8 +183,10 @@ _LONG_INTEGER = b" " + b"0" * 19
 _LARGE_BYTES = 16 * 1024
 
 
-def read_object(body: bytes, plan: Plan, read: Callable[[dict[str, Any]], Request]) -> Request:
-    """What `read` makes of the object in `body`, with exact integers. Raises `Malformed` and what `read` does."""
+def read_object(
+    body: bytes, plan: InputSchema, read: Callable[[dict[str, Any]], PredictionRequest]
+) -> PredictionRequest:
+    """What `read` makes of the object in `body`, with exact integers. Raises `BadRequest` and what `read` does."""
     value = _loaded(orjson.loads, body)
     if len(body) > _LARGE_BYTES and plan.all_floats and (request := _if_of_small_floats(value, read)):
         return request
@@ -197,14 +201,14 @@ def _loaded(load: Callable[[bytes], Any], body: bytes) -> Any:
     try:
         return load(body)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"the body is not valid JSON: {error}") from None
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
 
 
-def _if_of_small_floats(value: Any, read: Callable[[dict[str, Any]], Request]) -> Request | None:
+def _if_of_small_floats(value: Any, read: Callable[[dict[str, Any]], PredictionRequest]) -> PredictionRequest | None:
     """What `read` makes of `value`, if that is all floats, none of them so large that it may have been an integer."""
     try:
         request = read(_need_object(value))
-    except (InputError, Malformed):  # to be worded with exact integers
+    except (InputError, BadRequest):  # to be worded with exact integers
         return None
     rows = request.rows
     floats = rows.names is not None and rows.index is None and not request.params and rows.value.dtype.kind == "f"
@@ -213,11 +217,11 @@ def _if_of_small_floats(value: Any, read: Callable[[dict[str, Any]], Request]) -
 
 def _need_object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Malformed(f"the body must be a JSON object, not {'an array' if isinstance(value, list) else 'a value'}")
+        raise BadRequest(f"the body must be a JSON object, not {'an array' if isinstance(value, list) else 'a value'}")
     return value
 
 
-def how(given: Any, contract: Contract) -> tuple[dict[str, Any], str]:
+def parse_params(given: Any, contract: ModelSpec) -> tuple[dict[str, Any], str]:
     """The params, and the method if it is not the usual one, that a request asks for. Raises `ParamsError`."""
     params = contract.params.parse(given)
     method = given.get(METHOD) if type(given) is dict and METHOD not in params else None
@@ -229,13 +233,13 @@ def how(given: Any, contract: Contract) -> tuple[dict[str, Any], str]:
 
 
 def write_csv(output: Any, name: str) -> Reply:
-    """A header and a line for each row; `name` is that of a column that has none. Raises `Unwritable`."""
+    """A header and a line for each row; `name` is that of a column that has none. Raises `EncodingError`."""
     try:
         table = _table(output, name)
         dump([table[column].tolist() for column in table if table[column].dtype == object])  # refuses what JSON does
         text = table.replace([np.inf, -np.inf], np.nan).to_csv(index=False)
     except (TypeError, ValueError) as error:
-        raise Unwritable(f"the model's output is no table that could be written as CSV: {error}") from error
+        raise EncodingError(f"the model's output is no table that could be written as CSV: {error}") from error
     return Reply(200, text.encode(), f"{CSV}; charset=utf-8")
 
 
@@ -252,7 +256,9 @@ def _table(output: Any, name: str) -> Any:
     return pd.DataFrame(cells, columns=[f"{name}_{index}" for index in range(cells.shape[1])])
 
 
-def _writer(headers: Headers, usual: Callable[[Any], Reply], contract: Contract, method: str) -> Callable[[Any], Reply]:
+def _writer(
+    headers: Headers, usual: Callable[[Any], Reply], contract: ModelSpec, method: str
+) -> Callable[[Any], Reply]:
     """`usual`, unless the client prefers CSV."""
     accept = headers.get(b"accept", b"*/*")
     if accept == b"*/*" or _wanted(accept) == JSON:
@@ -267,37 +273,41 @@ def _writer(headers: Headers, usual: Callable[[Any], Reply], contract: Contract,
 Lookup = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 
-def read_predict(body: bytes, headers: Headers, contract: Contract, lookup: Lookup | None = None) -> Request:
+def read_predict(body: bytes, headers: Headers, contract: ModelSpec, lookup: Lookup | None = None) -> PredictionRequest:
     """`{"features": {…} or [{…}, …], "params"?: {…}}`, or `{"feature_group", "ofs_keys"}`, which `lookup` finds."""
     return read_object(body, contract.plan, lambda request: _predict(request, headers, contract, lookup))
 
 
-def _predict(request: dict[str, Any], headers: Headers, contract: Contract, lookup: Lookup | None) -> Request:
+def _predict(
+    request: dict[str, Any], headers: Headers, contract: ModelSpec, lookup: Lookup | None
+) -> PredictionRequest:
     stored = [key for key in STORE_KEYS if request.get(key) is not None]
     if ("features" in request) == bool(stored) or len(stored) == 1:
         given = ", ".join(key for key in ("features", *STORE_KEYS) if request.get(key) is not None) or "neither"
-        raise Malformed(f"give either features, or both feature_group and ofs_keys (given: {given})")
+        raise BadRequest(f"give either features, or both feature_group and ofs_keys (given: {given})")
     features = _stored(request, lookup) if stored else request["features"]
-    params, method = how(request.get("params"), contract)
+    params, method = parse_params(request.get("params"), contract)
     usual = partial(write_scores, classes=contract.classes, method=method or contract.method)
-    return Request(contract.plan.features(features), params, _writer(headers, usual, contract, method), method)
+    return PredictionRequest(
+        contract.plan.features(features), params, _writer(headers, usual, contract, method), method
+    )
 
 
 def _stored(request: dict[str, Any], lookup: Lookup | None) -> Mapping[str, Any]:
     group, keys = (request[key] for key in STORE_KEYS)
     if lookup is None:
-        raise Malformed(
+        raise BadRequest(
             "this server has no feature store: set FEATURE_STORE_URL and OFS_ADMIN_URL, or give the values, as features"
         )
     if not isinstance(group, str) or not group:
-        raise Malformed("feature_group must be the name of a feature group")
+        raise BadRequest("feature_group must be the name of a feature group")
     if not isinstance(keys, dict) or not keys or {list, dict} & set(map(type, keys.values())):
-        raise Malformed('ofs_keys must be an object of primary keys, such as {"user_id": 42}')
+        raise BadRequest('ofs_keys must be an object of primary keys, such as {"user_id": 42}')
     return lookup(group, keys)
 
 
 def write_scores(output: Any, classes: Sequence[Any] | None = None, method: str = "predict") -> Reply:
-    """`{"scores": [...]}`; of probabilities also the most probable class of each row. Raises `Unwritable`."""
+    """`{"scores": [...]}`; of probabilities also the most probable class of each row. Raises `EncodingError`."""
     try:
         scores = plain(output)
     except (TypeError, ValueError):
@@ -321,19 +331,19 @@ def darwin_failure(error: Exception, inputs: Sequence[Spec]) -> Reply:
             "hint": "GET /schema shows the names and types, and a request that works",
         }
         return reply(422, {"detail": detail})
-    if isinstance(error, Malformed):
+    if isinstance(error, BadRequest):
         hint = 'send {"features": {"name": value, ...}}; GET /schema shows a request that works'
         return reply(422, {"detail": {"message": str(error), "errors": [], "hint": hint}})
-    if isinstance(error, Refused):
+    if isinstance(error, InputRejected):
         hint = "GET /schema shows the names and types" if inputs else "the model has no signature to check the input by"
         return reply(400, {"detail": {"message": "The model refused the input", "error": str(error), "hint": hint}})
     if isinstance(error, NotReady):
         return not_ready(error)
-    if isinstance(error, TooSlow):
+    if isinstance(error, DeadlineExceeded):
         return reply(504, {"detail": {"message": "Prediction timed out", "error": str(error)}})
     if isinstance(error, Overloaded):
         return busy({"detail": {"message": "The server is overloaded", "error": str(error)}}, error)
-    if isinstance(error, StoreFailed):
+    if isinstance(error, FeatureStoreError):
         return reply(error.status, {"detail": {"message": "No features from the feature store", "error": str(error)}})
     if status := status_of(error):
         return reply(status, {"detail": {"message": str(error)}})
@@ -358,7 +368,7 @@ def not_ready(error: NotReady) -> Reply:
     return reply(503, {"detail": {"status": "not_ready", "message": str(error)}})
 
 
-def schema(contract: Contract, example: Rows | None) -> Reply:
+def schema(contract: ModelSpec, example: Rows | None) -> Reply:
     """The answer to `GET /schema`; `example` is where the sample request comes from, if there is one."""
     plan = contract.plan
     if not plan.inputs:
@@ -380,40 +390,40 @@ def schema(contract: Contract, example: Rows | None) -> Reply:
 # MLflow
 
 
-def read_invocations(body: bytes, headers: Headers, contract: Contract) -> Request:
+def read_invocations(body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest:
     """JSON with one of the four shapes or with what chat models take, CSV, or Parquet."""
     plan = contract.plan
     kind = _media_type(headers.get(b"content-type", b""), (JSON, CSV, PARQUET))
     if kind == JSON:
         return read_object(body, plan, lambda request: _invocations(request, headers, contract))
     rows = _read_csv(body, plan) if kind == CSV else _read_parquet(body, plan)
-    return Request(rows, {}, _writer(headers, write_predictions, contract, ""))
+    return PredictionRequest(rows, {}, _writer(headers, write_predictions, contract, ""))
 
 
-def _read_csv(body: bytes, plan: Plan) -> Rows:
+def _read_csv(body: bytes, plan: InputSchema) -> Rows:
     try:
         return plan.csv(body)
     except UnicodeDecodeError as error:
-        raise Malformed(f"the body is not UTF-8: {error}") from None
+        raise BadRequest(f"the body is not UTF-8: {error}") from None
 
 
-def _read_parquet(body: bytes, plan: Plan) -> Rows:
+def _read_parquet(body: bytes, plan: InputSchema) -> Rows:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise Unsupported(
+        raise UnsupportedMediaType(
             f"{PARQUET} needs the library pyarrow, which is not installed: send {JSON} or {CSV}"
         ) from None
     try:
         _check_parquet(pyarrow.parquet.ParquetFile(io.BytesIO(body)), body)
         table = pyarrow.parquet.ParquetFile(io.BytesIO(body)).read()
         if not plan.inputs and table.num_rows > 0:
-            return Rows(table.to_pandas(), table.num_rows, doubtful=True)
+            return Rows(table.to_pandas(), table.num_rows, unvalidated=True)
         rows = [list(map(_as_json, row.values())) for row in table.to_pylist()]
     except TooLarge:
         raise
     except Exception as error:  # of many kinds, all of them about the body
-        raise Malformed(f"the body is not Parquet: {error}") from None
+        raise BadRequest(f"the body is not Parquet: {error}") from None
     return plan.split(table.column_names, rows)
 
 
@@ -462,69 +472,69 @@ def _as_json(value: Any) -> Any:
     return {key: _as_json(part) for key, part in value.items()} if isinstance(value, dict) else plain(value)
 
 
-def _invocations(request: dict[str, Any], headers: Headers, contract: Contract) -> Request:
+def _invocations(request: dict[str, Any], headers: Headers, contract: ModelSpec) -> PredictionRequest:
     shapes = [key for key in SHAPES if key in request]
     if not shapes and any(key in request for key in CHAT):
         return _chat(request, contract)
     if len(shapes) != 1:
         given = ", ".join(map(repr, list(request)[:20]))[:200] or "nothing"
-        raise Malformed(f"the body must have exactly one of {', '.join(SHAPES)} (given: {given})")
+        raise BadRequest(f"the body must have exactly one of {', '.join(SHAPES)} (given: {given})")
     value, plan = request[shapes[0]], contract.plan
     if shapes[0] == "dataframe_split":
         rows = _read_split(value, plan)
     else:
         rows = plan.records(value) if shapes[0] == "dataframe_records" else plan.instances(value)
-    params, method = how(request.get("params"), contract)
-    return Request(rows, params, _writer(headers, write_predictions, contract, method), method)
+    params, method = parse_params(request.get("params"), contract)
+    return PredictionRequest(rows, params, _writer(headers, write_predictions, contract, method), method)
 
 
-def _chat(request: dict[str, Any], contract: Contract) -> Request:
+def _chat(request: dict[str, Any], contract: ModelSpec) -> PredictionRequest:
     """The body goes to the model as it is, but for what the signature calls params."""
     declared = {spec["name"] for spec in contract.params.specs}
     params = contract.params.parse({key: value for key, value in request.items() if key in declared})
     given = {key: value for key, value in request.items() if key not in declared}
     if nested_too_deep(given):
-        raise Malformed(f"the body is nested more than {MOST_DEPTH} deep")
+        raise BadRequest(f"the body is nested more than {MOST_DEPTH} deep")
     if request.get("stream") is True and not contract.streams:
-        raise Malformed("this model cannot answer piece by piece: leave out stream")
-    rows = Rows(given, 1, doubtful=True, as_sent=True)
-    return Request(rows, params, write_unwrapped, stream=request.get("stream") is True)
+        raise BadRequest("this model cannot answer piece by piece: leave out stream")
+    rows = Rows(given, 1, unvalidated=True, passthrough=True)
+    return PredictionRequest(rows, params, write_unwrapped, stream=request.get("stream") is True)
 
 
-def _read_split(value: Any, plan: Plan) -> Rows:
+def _read_split(value: Any, plan: InputSchema) -> Rows:
     if not isinstance(value, dict) or "data" not in value:
-        raise Malformed("dataframe_split must be an object with data and, usually, columns")
+        raise BadRequest("dataframe_split must be an object with data and, usually, columns")
     unknown = value.keys() - {"columns", "index", "data"}
     if unknown:
         shown = ", ".join(sorted(unknown)[:20])[:200]
-        raise Malformed(f"dataframe_split has only columns, index and data, not {shown}")
+        raise BadRequest(f"dataframe_split has only columns, index and data, not {shown}")
     return plan.split(value.get("columns"), value["data"], value.get("index"))
 
 
 def write_predictions(output: Any) -> Reply:
-    """`{"predictions": ...}`; a Series becomes records, like a DataFrame. Raises `Unwritable`."""
+    """`{"predictions": ...}`; a Series becomes records, like a DataFrame. Raises `EncodingError`."""
     return Reply(200, dump({"predictions": output.to_frame() if isinstance(output, pd.Series) else output}))
 
 
 def write_unwrapped(output: Any) -> Reply:
-    """What the model answers, and nothing around it. Raises `Unwritable`."""
+    """What the model answers, and nothing around it. Raises `EncodingError`."""
     return Reply(200, dump(output))
 
 
 def mlflow_failure(error: Exception) -> Reply:
     """How /invocations words `error`."""
-    if isinstance(error, Unsupported):
+    if isinstance(error, UnsupportedMediaType):
         return Reply(415, str(error).encode(), TEXT)
     if isinstance(error, InputError):
         by_schema = isinstance(error, ParamsError) or any(p.error_type == "missing" for p in error.problems)
         return _mlflow(400, "INVALID_PARAMETER_VALUE" if by_schema else "BAD_REQUEST", f"Invalid input: {error}")
-    if isinstance(error, Malformed):
+    if isinstance(error, BadRequest):
         return _mlflow(400, "BAD_REQUEST", f"Invalid input: {error}")
-    if isinstance(error, Refused):
+    if isinstance(error, InputRejected):
         return _mlflow(400, "INVALID_PARAMETER_VALUE" if error.by_schema else "BAD_REQUEST", str(error))
     if isinstance(error, NotReady):
         return _mlflow(503, "TEMPORARILY_UNAVAILABLE", str(error))
-    if isinstance(error, TooSlow):
+    if isinstance(error, DeadlineExceeded):
         return _mlflow(504, "DEADLINE_EXCEEDED", str(error))
     if isinstance(error, Overloaded):
         return busy({"error_code": "RESOURCE_EXHAUSTED", "message": str(error)}, error)
@@ -541,27 +551,27 @@ def _mlflow(status: int, code: str, message: str) -> Reply:
 # KServe V1
 
 
-def read_v1(body: bytes, headers: Headers, contract: Contract) -> Request:
+def read_v1(body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest:
     """`{"instances": […]}` or `{"inputs": …}`, and perhaps `parameters`."""
     _media_type(headers.get(b"content-type", b""), (JSON,))
     return read_object(body, contract.plan, lambda request: _v1(request, headers, contract))
 
 
-def _v1(request: dict[str, Any], headers: Headers, contract: Contract) -> Request:
+def _v1(request: dict[str, Any], headers: Headers, contract: ModelSpec) -> PredictionRequest:
     shapes = [key for key in TENSORS if key in request]
     if len(shapes) != 1:
-        raise Malformed(f"the body must have exactly one of {', '.join(TENSORS)}")
+        raise BadRequest(f"the body must have exactly one of {', '.join(TENSORS)}")
     rows = contract.plan.instances(request[shapes[0]])
-    params, method = how(request.get("parameters"), contract)
-    return Request(rows, params, _writer(headers, write_predictions, contract, method), method)
+    params, method = parse_params(request.get("parameters"), contract)
+    return PredictionRequest(rows, params, _writer(headers, write_predictions, contract, method), method)
 
 
 def kserve_failure(error: Exception) -> Reply:
     """How KServe's V1 and the Open Inference Protocol word `error`."""
     if isinstance(error, Overloaded):
         return busy({"error": str(error)}, error)
-    known = (InputError, Malformed, Refused, NotReady, TooSlow)
-    statuses = {NotReady: 503, TooSlow: 504}
+    known = (InputError, BadRequest, InputRejected, NotReady, DeadlineExceeded)
+    statuses = {NotReady: 503, DeadlineExceeded: 504}
     if isinstance(error, known):
         return reply(statuses.get(type(error), 400), {"error": str(error)})
     if status := status_of(error):
@@ -575,13 +585,20 @@ def kserve_failure(error: Exception) -> Reply:
 def status_of(error: Exception) -> int | None:
     """The status of an error that all protocols have in common."""
     kinds: dict[type[Exception], int]
-    kinds = {Unauthorized: 401, Forbidden: 403, NotFound: 404, NotAcceptable: 406, TooLarge: 413, Unsupported: 415}
+    kinds = {
+        Unauthorized: 401,
+        Forbidden: 403,
+        NotFound: 404,
+        NotAcceptable: 406,
+        TooLarge: 413,
+        UnsupportedMediaType: 415,
+    }
     return kinds.get(type(error))
 
 
 def cause(error: Exception) -> str:
     # Only what the model said: anything else is about this server's inside.
-    return str(error) if isinstance(error, (PredictionFailed, Unwritable)) else "internal error"
+    return str(error) if isinstance(error, (PredictionFailed, EncodingError)) else "internal error"
 
 
 def reply(status: int, body: Any) -> Reply:

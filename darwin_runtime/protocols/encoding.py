@@ -16,12 +16,12 @@ import pandas as pd
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME
 
 
-class Unwritable(Exception):
+class EncodingError(Exception):
     """The model's answer has no form in the protocol that was spoken."""
 
 
 def dump(value: Any) -> bytes:
-    """`value` as JSON: NaN and infinities as null, digits as Python writes them. Raises `Unwritable`."""
+    """`value` as JSON: NaN and infinities as null, digits as Python writes them. Raises `EncodingError`."""
     try:
         return orjson.dumps(value, default=plain, option=_OPTIONS)
     except TypeError:
@@ -30,7 +30,7 @@ def dump(value: Any) -> bytes:
     try:
         return json.dumps(_finite(value), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise Unwritable(f"the model's output cannot be written as JSON: {error}") from error
+        raise EncodingError(f"the model's output cannot be written as JSON: {error}") from error
 
 
 def plain(value: Any) -> Any:

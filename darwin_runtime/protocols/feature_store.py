@@ -19,8 +19,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 from urllib3.util import Retry
 
-from darwin_runtime.engine.batching import Overloaded, TooSlow
-from darwin_runtime.protocols.base import StoreFailed
+from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded
+from darwin_runtime.protocols.base import FeatureStoreError
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class FeatureStore:
         self._lock = threading.Lock()
 
     async def run(self, job: Callable[[], T], timeout: float) -> T:
-        """What `job` returns, on a thread. Raises what it does, `Overloaded`, and `TooSlow` after `timeout` seconds."""
+        """What `job` returns, on a thread. Raises what it does, `Overloaded`, and `DeadlineExceeded` after `timeout` seconds."""
         if self._under_way >= 2 * LOOKUPS:
             raise Overloaded(1)
         self._under_way += 1
@@ -66,7 +66,7 @@ class FeatureStore:
         try:
             return await asyncio.wait_for(asyncio.shield(done), timeout)
         except (TimeoutError, asyncio.TimeoutError):
-            raise TooSlow(f"the feature store gave no features within {timeout:g} seconds") from None
+            raise DeadlineExceeded(f"the feature store gave no features within {timeout:g} seconds") from None
 
     def _ended(self, done: asyncio.Future[Any]) -> None:
         self._under_way -= 1
@@ -80,7 +80,7 @@ class FeatureStore:
     def features(self, group: str, keys: Mapping[str, Any], trace: Mapping[str, str]) -> dict[str, Any]:
         """The values of the group's columns for `keys`, and those; `trace` are headers that say on whose behalf.
 
-        Raises `StoreFailed`: 404 for an unknown group or key, 504 for a slow store, 502 for one that fails.
+        Raises `FeatureStoreError`: 404 for an unknown group or key, 504 for a slow store, 502 for one that fails.
         """
         columns = [column for column in self._columns(group, trace) if column not in keys]
         body = {
@@ -91,12 +91,14 @@ class FeatureStore:
         answer = self._ask(self._read_url, f"features of group {group[:100]!r}", trace, json=body)
         found = _at(answer, "data", "successfulKeys")
         if not isinstance(found, list):
-            raise StoreFailed(502, f"the feature store's answer has no keys of feature group {group[:100]!r}")
+            raise FeatureStoreError(502, f"the feature store's answer has no keys of feature group {group[:100]!r}")
         if not found:
-            raise StoreFailed(404, f"feature group {group[:100]!r} has no features for the key {str(dict(keys))[:200]}")
+            raise FeatureStoreError(
+                404, f"feature group {group[:100]!r} has no features for the key {str(dict(keys))[:200]}"
+            )
         values = _at(found, 0, "features")
         if not isinstance(values, list) or len(values) != len(columns):
-            raise StoreFailed(
+            raise FeatureStoreError(
                 502, f"the feature store answered for group {group[:100]!r} with other than {len(columns)} values"
             )
         return {**dict(zip(columns, values, strict=True)), **keys}
@@ -112,7 +114,7 @@ class FeatureStore:
         schema = _at(answer, "data", "schema") or _at(answer, "body", "data", "schema")
         names = [_at(column, "name") for column in schema] if isinstance(schema, list) else []
         if not names or not all(isinstance(name, str) for name in names):
-            raise StoreFailed(502, f"the feature store's answer has no schema of feature group {group[:100]!r}")
+            raise FeatureStoreError(502, f"the feature store's answer has no schema of feature group {group[:100]!r}")
         with self._lock:
             if len(self._schemas) > 1000:  # whoever asks can name any group
                 self._schemas.clear()
@@ -120,7 +122,7 @@ class FeatureStore:
         return names
 
     def _ask(self, url: str, what: str, trace: Mapping[str, str], **options: Any) -> Any:
-        slow = StoreFailed(504, f"the feature store did not answer in time for {what}")
+        slow = FeatureStoreError(504, f"the feature store did not answer in time for {what}")
         options = {"timeout": TIMEOUT_SECONDS, "headers": trace, "allow_redirects": False, "stream": True, **options}
         try:
             with self._session.get(url, **options) as answer:
@@ -130,18 +132,18 @@ class FeatureStore:
         except (requests.RequestException, HTTPError) as error:
             if "timed out" in str(error):
                 raise slow from error
-            raise StoreFailed(502, f"the feature store cannot be reached for {what}") from error
+            raise FeatureStoreError(502, f"the feature store cannot be reached for {what}") from error
         if status == 404:
-            raise StoreFailed(404, f"the feature store does not know {what}")
+            raise FeatureStoreError(404, f"the feature store does not know {what}")
         if status != 200:
-            raise StoreFailed(502, f"the feature store answered {status} for {what}")
+            raise FeatureStoreError(502, f"the feature store answered {status} for {what}")
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise StoreFailed(502, f"the feature store's answer is not JSON for {what}") from error
+            raise FeatureStoreError(502, f"the feature store's answer is not JSON for {what}") from error
 
 
-def _body(answer: requests.Response, slow: StoreFailed) -> bytes:
+def _body(answer: requests.Response, slow: FeatureStoreError) -> bytes:
     """All of it, within time and measure: requests itself only looks at the time between two parts."""
     end, parts = time.monotonic() + ANSWER_SECONDS, []
     while part := answer.raw.read1(65536, decode_content=True):

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from darwin_runtime.engine.batching import Request
-from darwin_runtime.protocols.base import METHOD, Headers, Malformed, Reply, how, read_object
-from darwin_runtime.protocols.encoding import Unwritable, dump, plain
+from darwin_runtime.engine.batching import PredictionRequest
+from darwin_runtime.protocols.base import METHOD, BadRequest, Headers, Reply, parse_params, read_object
+from darwin_runtime.protocols.encoding import EncodingError, dump, plain
 from darwin_runtime.schema.datatypes import Array, Spec
-from darwin_runtime.schema.tabular import ColumnPlan, Contract, HintedPlan, Rows, TensorPlan, UncheckedPlan
+from darwin_runtime.schema.tabular import ModelSpec, Rows, TabularSchema, TensorSchema, TypeHintSchema, UncheckedSchema
 
 BINARY = "application/octet-stream"
 LENGTH = "Inference-Header-Content-Length"
@@ -94,34 +94,34 @@ def _numbers(values: Array) -> Array:
 # Requests
 
 
-def read_infer(body: bytes, headers: Headers, contract: Contract) -> Request:
-    """Raises `Malformed` or `InputError`."""
+def read_infer(body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest:
+    """Raises `BadRequest` or `InputError`."""
     head, tail = _parts(body, headers.get(LENGTH.lower().encode()))
     return read_object(head, contract.plan, lambda request: _infer(request, tail, contract))
 
 
-def _infer(request: dict[str, Any], tail: memoryview, contract: Contract) -> Request:
+def _infer(request: dict[str, Any], tail: memoryview, contract: ModelSpec) -> PredictionRequest:
     tensors = _tensors(request.get("inputs"), tail)
     parameters = _parameters(request, "the request")
-    params, method = how(parameters, contract)
+    params, method = parse_params(parameters, contract)
     wanted, label = _wanted(request.get("outputs"), contract)
     if label and METHOD in parameters and label != (method or contract.method):
-        raise Malformed(f"output {label!r} is asked for, and {method or contract.method!r} by {METHOD}")
+        raise BadRequest(f"output {label!r} is asked for, and {method or contract.method!r} by {METHOD}")
     if label and label != contract.method:
         method = label
     name = request.get("id")
     if name is not None and not isinstance(name, str):
-        raise Malformed("id must be a string")
+        raise BadRequest("id must be a string")
     form = Form(name, method or contract.method, label, wanted, bool(parameters.get(WANTS_BINARY)))
     write = partial(write_infer, contract=contract, form=form)
-    return Request(_rows(tensors, contract), params, write, method)
+    return PredictionRequest(_rows(tensors, contract), params, write, method)
 
 
 def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
     if length is None:
         return body, memoryview(b"")
     if not length.isdigit() or len(length) > 18 or int(length) > len(body):
-        raise Malformed(f"{LENGTH} must be the number of bytes of JSON, at most the {len(body)} of the body")
+        raise BadRequest(f"{LENGTH} must be the number of bytes of JSON, at most the {len(body)} of the body")
     return body[: int(length)], memoryview(body)[int(length) :]
 
 
@@ -130,23 +130,23 @@ def _parameters(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
-        raise Malformed(f"the parameters of {whose} must be an object")
+        raise BadRequest(f"the parameters of {whose} must be an object")
     return parameters
 
 
 def _tensors(inputs: Any, tail: memoryview) -> list[Tensor]:
     if not isinstance(inputs, list) or not inputs:
-        raise Malformed("inputs must be a list of at least one tensor")
+        raise BadRequest("inputs must be a list of at least one tensor")
     tensors: dict[str, Tensor] = {}
     for given in inputs:
         name = given.get("name") if isinstance(given, dict) else None
         if not isinstance(name, str):
-            raise Malformed("each of inputs must be an object with name, shape, datatype and data")
+            raise BadRequest("each of inputs must be an object with name, shape, datatype and data")
         if name in tensors:
-            raise Malformed(f"input {name[:100]!r} is there twice")
+            raise BadRequest(f"input {name[:100]!r} is there twice")
         tensors[name], tail = _tensor(given, name, tail)
     if tail:
-        raise Malformed(f"{len(tail)} bytes are left over after the last input")
+        raise BadRequest(f"{len(tail)} bytes are left over after the last input")
     return list(tensors.values())
 
 
@@ -155,7 +155,9 @@ def _tensor(given: Mapping[str, Any], whole_name: str, tail: memoryview) -> tupl
     name = whole_name[:100]
     datatype, shape = given.get("datatype"), _shape(given.get("shape"), name)
     if not isinstance(datatype, str) or (datatype != BYTES and datatype not in NUMBERS):
-        raise Malformed(f"input {name!r}: unknown datatype {_shown(datatype)}, it may be {', '.join(NUMBERS)}, {BYTES}")
+        raise BadRequest(
+            f"input {name!r}: unknown datatype {_shown(datatype)}, it may be {', '.join(NUMBERS)}, {BYTES}"
+        )
     count = math.prod(shape)
     size = _parameters(given, f"input {name!r}").get("binary_data_size")
     if size is None:
@@ -163,11 +165,11 @@ def _tensor(given: Mapping[str, Any], whole_name: str, tail: memoryview) -> tupl
         _check(values, datatype, name)
         return Tensor(whole_name, datatype, shape, values), tail
     if type(size) is not int or not 0 <= size <= len(tail):
-        raise Malformed(
+        raise BadRequest(
             f"input {name!r}: binary_data_size {_shown(size)} is not within the {len(tail)} bytes that are left"
         )
     if "data" in given:
-        raise Malformed(f"input {name!r}: there may be data or binary_data_size, not both")
+        raise BadRequest(f"input {name!r}: there may be data or binary_data_size, not both")
     part, tail = tail[:size], tail[size:]
     binary = _texts(part, count, name) if datatype == BYTES else _array(part, count, datatype, name, shape)
     return Tensor(whole_name, datatype, shape, binary), tail
@@ -183,25 +185,27 @@ def _shown(value: Any) -> str:
 def _shape(given: Any, name: str) -> tuple[int, ...]:
     good = isinstance(given, list) and 0 < len(given) <= MOST_AXES
     if not good or any(type(part) is not int or not 0 < part < 2**63 for part in given):
-        raise Malformed(f"input {name!r}: shape must be a list of at most {MOST_AXES} lengths, none of them 0")
+        raise BadRequest(f"input {name!r}: shape must be a list of at most {MOST_AXES} lengths, none of them 0")
     return tuple(given)
 
 
 def _flat(data: Any, count: int, name: str, shape: Sequence[int]) -> list[Any]:
     """`data`, flat or nested as `shape` is, as a flat list of `count` values."""
     if not isinstance(data, list):
-        raise Malformed(f"input {name!r}: data must be a list")
+        raise BadRequest(f"input {name!r}: data must be a list")
     level = data
     for axis, length in enumerate(shape[1:], 1):
         if not level or not isinstance(level[0], list):
             break
         if any(not isinstance(part, list) or len(part) != length for part in level):
-            raise Malformed(
+            raise BadRequest(
                 f"input {name!r}: data is not nested as its shape {list(shape)}: axis {axis} is not {length} long"
             )
         level = [value for part in level for value in part]
     if len(level) != count:
-        raise Malformed(f"input {name!r}: data has {len(level)} values, and its shape {list(shape)} stands for {count}")
+        raise BadRequest(
+            f"input {name!r}: data has {len(level)} values, and its shape {list(shape)} stands for {count}"
+        )
     return level
 
 
@@ -210,24 +214,24 @@ _FLOATS: set[type] = {int, float, type(None)}
 
 
 def _check(values: list[Any], datatype: str, name: str) -> None:
-    """Raise `Malformed` unless `values`, of JSON, are of the type that the client says they are."""
+    """Raise `BadRequest` unless `values`, of JSON, are of the type that the client says they are."""
     allowed = _KINDS.get(datatype) or (_FLOATS if datatype.startswith("FP") else {int})
     if odd := set(map(type, values)) - allowed:
         example = next(value for value in values if type(value) in odd)
-        raise Malformed(f"input {name!r}: {_shown(example)} is no {datatype}")
+        raise BadRequest(f"input {name!r}: {_shown(example)} is no {datatype}")
     if allowed == {int} and values:
         limits = np.iinfo(NUMBERS[datatype])
         if min(values) < limits.min or max(values) > limits.max:
-            raise Malformed(f"input {name!r}: not all values are within {datatype}")
+            raise BadRequest(f"input {name!r}: not all values are within {datatype}")
 
 
 def _array(part: memoryview, count: int, datatype: str, name: str, shape: Sequence[int]) -> Array:
     dtype = np.dtype(NUMBERS[datatype])
     if len(part) != count * dtype.itemsize:
         needed = f"{count * dtype.itemsize} for shape {list(shape)} of {datatype}"
-        raise Malformed(f"input {name!r}: binary_data_size is {len(part)}, and has to be {needed}")
+        raise BadRequest(f"input {name!r}: binary_data_size is {len(part)}, and has to be {needed}")
     if datatype == "BOOL" and bytes(part).strip(b"\0\1"):
-        raise Malformed(f"input {name!r}: a BOOL is a byte of 0 or 1")
+        raise BadRequest(f"input {name!r}: a BOOL is a byte of 0 or 1")
     # A copy, since where the data begins may suit no number.
     return np.frombuffer(bytes(part), dtype)
 
@@ -237,52 +241,52 @@ def _texts(part: memoryview, count: int, name: str) -> list[Any]:
     at = 0
     while at < len(part):
         if at + 4 > len(part):
-            raise Malformed(f"input {name!r}: its binary data ends within the length of element {len(values)}")
+            raise BadRequest(f"input {name!r}: its binary data ends within the length of element {len(values)}")
         (length,) = struct.unpack_from("<I", part, at)
         at += 4
         if length > len(part) - at:
-            raise Malformed(
+            raise BadRequest(
                 f"input {name!r}: element {len(values)} is said to have {length} bytes, {len(part) - at} are left"
             )
         values.append(bytes(part[at : at + length]))
         at += length
     if len(values) != count:
-        raise Malformed(
+        raise BadRequest(
             f"input {name!r}: its binary data holds {len(values)} elements, and its shape stands for {count}"
         )
     return values
 
 
-def _wanted(outputs: Any, contract: Contract) -> tuple[dict[str, bool | None] | None, str]:
+def _wanted(outputs: Any, contract: ModelSpec) -> tuple[dict[str, bool | None] | None, str]:
     """Which outputs are wanted, and whether in binary; and a method, if one is asked for as MLServer's clients do."""
     if outputs is None or outputs == []:
         return None, ""
     if not isinstance(outputs, list) or not all(
         isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
     ):
-        raise Malformed("outputs must be a list of objects with a name")
+        raise BadRequest("outputs must be a list of objects with a name")
     wanted = {each["name"]: _parameters(each, f"output {each['name']!r}").get("binary_data") for each in outputs}
     asked = [name for name in wanted if name in contract.methods and name not in _names(contract)]
     if asked and len(wanted) > 1:
-        raise Malformed(f"outputs {', '.join(wanted)[:200]} cannot be had at once: ask for one of them at a time")
+        raise BadRequest(f"outputs {', '.join(wanted)[:200]} cannot be had at once: ask for one of them at a time")
     return wanted, asked[0] if asked else ""
 
 
-def _names(contract: Contract) -> list[str]:
+def _names(contract: ModelSpec) -> list[str]:
     return [spec["name"] for spec in contract.outputs if spec.get("name") is not None]
 
 
 # Rows
 
 
-def _rows(tensors: Sequence[Tensor], contract: Contract) -> Rows:
+def _rows(tensors: Sequence[Tensor], contract: ModelSpec) -> Rows:
     plan = contract.plan
-    if isinstance(plan, UncheckedPlan):
+    if isinstance(plan, UncheckedSchema):
         return _unchecked(tensors)
-    if isinstance(plan, TensorPlan):
+    if isinstance(plan, TensorSchema):
         named = {tensor.name: _texted(tensor, binary=False).nested() for tensor in tensors}
         return plan.instances(named if plan.named else named[_only(tensors).name])
-    if isinstance(plan, HintedPlan):
+    if isinstance(plan, TypeHintSchema):
         return plan.instances(_texted(_only(tensors), binary=False).nested())
     cells = {column.key: column.cell for column in plan.columns}
     if whole := _whole_rows(tensors, plan):
@@ -303,7 +307,7 @@ def _rows(tensors: Sequence[Tensor], contract: Contract) -> Rows:
     return plan.arrays(columns)
 
 
-def _whole_rows(tensors: Sequence[Tensor], plan: ColumnPlan) -> Tensor | None:
+def _whole_rows(tensors: Sequence[Tensor], plan: TabularSchema) -> Tensor | None:
     """The tensor that is the whole table, if it is one."""
     tensor = tensors[0]
     alone = len(tensors) == 1 and len(tensor.shape) == 2 and tensor.name not in {column.key for column in plan.columns}
@@ -312,7 +316,7 @@ def _whole_rows(tensors: Sequence[Tensor], plan: ColumnPlan) -> Tensor | None:
 
 def _only(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) > 1:
-        raise Malformed(f"the model takes one input, not {len(tensors)}")
+        raise BadRequest(f"the model takes one input, not {len(tensors)}")
     return tensors[0]
 
 
@@ -323,7 +327,7 @@ def _texted(tensor: Tensor, *, binary: bool) -> Tensor:
     try:
         values = [base64.b64encode(v).decode() if binary else v.decode() for v in tensor.values]
     except UnicodeDecodeError as error:
-        raise Malformed(f"input {tensor.name[:100]!r} is not UTF-8: {error}") from None
+        raise BadRequest(f"input {tensor.name[:100]!r} is not UTF-8: {error}") from None
     return Tensor(tensor.name, tensor.datatype, tensor.shape, values)
 
 
@@ -335,7 +339,7 @@ def _unchecked(tensors: Sequence[Tensor]) -> Rows:
     if len(arrays) > 1:
         columns = all(array.size == len(array) == len(first) for array in arrays.values())
         value = pd.DataFrame({name: array.ravel() for name, array in arrays.items()}) if columns else arrays
-    return Rows(value, len(first), doubtful=True)
+    return Rows(value, len(first), unvalidated=True)
 
 
 def _typed(tensor: Tensor) -> Array:
@@ -345,7 +349,7 @@ def _typed(tensor: Tensor) -> Array:
         array = np.array(tensor.values, dtype=NUMBERS[tensor.datatype]).reshape(tensor.shape)
     # JSON has no infinity, so there it has become one.
     if type(tensor.values) is list and array.dtype.kind == "f" and np.isinf(array).any():
-        raise Malformed(f"input {tensor.name[:100]!r}: not all values are within {tensor.datatype}")
+        raise BadRequest(f"input {tensor.name[:100]!r}: not all values are within {tensor.datatype}")
     return array
 
 
@@ -366,15 +370,15 @@ class Form:
     binary: bool
 
 
-def write_infer(output: Any, contract: Contract, form: Form) -> Reply:
-    """Raises `Unwritable`, and `Malformed` for an output that the model hasn't got."""
+def write_infer(output: Any, contract: ModelSpec, form: Form) -> Reply:
+    """Raises `EncodingError`, and `BadRequest` for an output that the model hasn't got."""
     named = {form.label: output} if form.label else _outputs(output, contract, form.method)
     # A column's values are told as one, as the metadata does.
     columns = form.method == contract.method and any(spec["type"] != "tensor" for spec in contract.outputs)
     found = {key: _array_of(values, column=columns) for key, values in named.items()}
     wanted = dict.fromkeys(found) if form.wanted is None else form.wanted
     if absent := [key for key in wanted if key not in found]:
-        raise Malformed(f"there is no output {absent[0][:100]!r}: there is {', '.join(found)}")
+        raise BadRequest(f"there is no output {absent[0][:100]!r}: there is {', '.join(found)}")
     outputs, buffers = [], []
     for key, asked in wanted.items():
         array = found[key]
@@ -399,7 +403,7 @@ def write_infer(output: Any, contract: Contract, form: Form) -> Reply:
     return Reply(200, b"".join([head, *buffers]), BINARY, ((LENGTH, str(len(head))),))
 
 
-def _outputs(output: Any, contract: Contract, method: str) -> dict[str, Any]:
+def _outputs(output: Any, contract: ModelSpec, method: str) -> dict[str, Any]:
     """The tensors in `output`, by name: those of the signature, else the method's."""
     if isinstance(output, list) and output and all(isinstance(row, dict) for row in output):
         output = pd.DataFrame(output)
@@ -446,7 +450,7 @@ def _text(value: Any) -> str:
     try:
         made = plain(value)
     except TypeError as error:
-        raise Unwritable(f"the model's output has no form as a tensor: {error}") from error
+        raise EncodingError(f"the model's output has no form as a tensor: {error}") from error
     return made if isinstance(made, str) else dump(made).decode()
 
 
@@ -465,7 +469,7 @@ def server_metadata(version: str) -> Reply:
     return Reply(200, dump({"name": "darwin-serve-runtime", "version": version, "extensions": EXTENSIONS}))
 
 
-def model_metadata(contract: Contract, flavor: str) -> Reply:
+def model_metadata(contract: ModelSpec, flavor: str) -> Reply:
     outputs = [_described(spec, index) for index, spec in enumerate(contract.outputs)]
     if len(outputs) == 1 and contract.outputs[0].get("name") is None:
         outputs[0]["name"] = contract.method
@@ -491,7 +495,7 @@ def _described(spec: Spec, index: int) -> dict[str, Any]:
     }
 
 
-def tensors(contract: Contract, sample: Any) -> list[dict[str, Any]]:
+def tensors(contract: ModelSpec, sample: Any) -> list[dict[str, Any]]:
     """The inputs of a request for one row; `sample` is that as Darwin's form has it."""
     made = []
     for index, spec in enumerate(contract.plan.specs):

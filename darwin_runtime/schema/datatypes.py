@@ -139,7 +139,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
+class DataType:
     """How values of one type are checked and stored.
 
     `convert` takes one value that is not null; `build` makes a column of what `convert` returned. A column whose
@@ -204,7 +204,7 @@ def _json_from_text(text: str) -> Any:
         return text
 
 
-def _integer(name: str, dtype: str) -> Cell:
+def _integer(name: str, dtype: str) -> DataType:
     low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
     def convert(value: Any, bad: Bad) -> int:
@@ -234,7 +234,7 @@ def _integer(name: str, dtype: str) -> Cell:
         integers = array.astype(dtype)
         return integers if (integers == array).all() else None
 
-    return Cell(
+    return DataType(
         name=name,
         schema={"type": "integer", "minimum": low, "maximum": high},
         sample=0,
@@ -296,7 +296,7 @@ def floats(rows: list[Any], width: int) -> Array | None:
     return None if (cells["kind"] != ord("g")).any() else np.ascontiguousarray(cells["value"])
 
 
-def _floating(name: str, dtype: str) -> Cell:
+def _floating(name: str, dtype: str) -> DataType:
     largest = float(np.finfo(dtype).max)
     exact = _largest_exact(dtype)
     rounded = np.dtype(dtype).type
@@ -332,7 +332,7 @@ def _floating(name: str, dtype: str) -> Cell:
     def of_doubles(array: Array) -> Array | None:
         return array.astype(dtype, copy=False) if -exact < array.min() and array.max() < exact else None
 
-    return Cell(
+    return DataType(
         name=name,
         schema={"type": ["number", "null"]},
         sample=0.0,
@@ -417,7 +417,7 @@ def _binary(value: Any, bad: Bad) -> bytes:
 _STRING_SCHEMA = {"type": ["string", "null"]}
 
 SCALARS = {
-    "boolean": Cell(
+    "boolean": DataType(
         name="boolean",
         schema={"type": "boolean"},
         sample=False,
@@ -431,7 +431,7 @@ SCALARS = {
     "long": _integer("long", "int64"),
     "float": _floating("float", "float32"),
     "double": _floating("double", "float64"),
-    "string": Cell(
+    "string": DataType(
         name="string",
         schema=_STRING_SCHEMA,
         sample="text",
@@ -441,14 +441,14 @@ SCALARS = {
         bulk=lambda values, _: np.array(values, dtype=object),
         null=None,
     ),
-    "binary": Cell(
+    "binary": DataType(
         name="binary",
         schema={"type": "string", "contentEncoding": "base64"},
         sample="AA==",
         convert=_binary,
         build=_objects,
     ),
-    "datetime": Cell(
+    "datetime": DataType(
         name="datetime",
         schema={**_STRING_SCHEMA, "pattern": f"^{_TIME.pattern}$"},
         sample="2024-01-31T12:00:00",
@@ -495,18 +495,18 @@ def _anything(value: Any, bad: Bad) -> Any:
     return value
 
 
-_ANY = Cell("any", {}, "any", _anything, _objects, _json_from_text, null=None)
+_ANY = DataType("any", {}, "any", _anything, _objects, _json_from_text, null=None)
 
 
 def below(bad: Bad, prefix: str) -> Bad:
     return lambda path, expected, value, why: bad(prefix + path, expected, value, why)
 
 
-def _pack(cell: Cell, value: Any) -> Any:
+def _pack(cell: DataType, value: Any) -> Any:
     return cell.build([value])[0] if cell.packed else value
 
 
-def _array(item: Cell) -> Cell:
+def _array(item: DataType) -> DataType:
     # MLflow turns a null among strings into the text "nan", and one among booleans into false.
     null = item.null if item.packed or item.null is not None or item is _ANY else _REFUSED
     name = f"array of {item.name}"
@@ -522,12 +522,12 @@ def _array(item: Cell) -> Cell:
         return item.build(items) if item.packed and items else items
 
     schema = {"type": "array", "items": item.schema}
-    return Cell(
+    return DataType(
         name, schema, [item.sample], convert, _objects, _json_from_text, null=None if item is _ANY else _REFUSED
     )
 
 
-def _object(properties: Mapping[str, tuple[Cell, bool]]) -> Cell:
+def _object(properties: Mapping[str, tuple[DataType, bool]]) -> DataType:
     required = [key for key, (_, needed) in properties.items() if needed]
 
     def convert(value: Any, bad: Bad) -> Any:
@@ -558,10 +558,10 @@ def _object(properties: Mapping[str, tuple[Cell, bool]]) -> Cell:
         "additionalProperties": False,
     }
     sample = {key: cell.sample for key, (cell, _) in properties.items()}
-    return Cell("object", schema, sample, convert, _objects, _json_from_text)
+    return DataType("object", schema, sample, convert, _objects, _json_from_text)
 
 
-def _map(item: Cell) -> Cell:
+def _map(item: DataType) -> DataType:
     name = f"map of {item.name}"
 
     def convert(value: Any, bad: Bad) -> Any:
@@ -572,22 +572,22 @@ def _map(item: Cell) -> Cell:
 
     schema = {"type": "object", "additionalProperties": item.schema}
     null = None if item is _ANY else _REFUSED
-    return Cell(name, schema, {"key": item.sample}, convert, _objects, _json_from_text, null=null)
+    return DataType(name, schema, {"key": item.sample}, convert, _objects, _json_from_text, null=null)
 
 
 def or_null(schema: Spec) -> Spec:
     return {"anyOf": [schema, {"type": "null"}]} if schema else schema
 
 
-def cell_of(spec: Spec) -> Cell:
+def datatype_of(spec: Spec) -> DataType:
     """The cell type that a signature's JSON names: `{"type": "double"}`, `{"type": "array", "items": {…}}`, …"""
     kind = spec["type"]
     if kind == "array":
-        return _array(cell_of(spec["items"]))
+        return _array(datatype_of(spec["items"]))
     if kind == "object":
-        return _object({k: (cell_of(v), v.get("required", True)) for k, v in spec["properties"].items()})
+        return _object({k: (datatype_of(v), v.get("required", True)) for k, v in spec["properties"].items()})
     if kind == "map":
-        return _map(cell_of(spec["values"]))
+        return _map(datatype_of(spec["values"]))
     if kind == "sparkml_vector":
         return _array(SCALARS["double"])
     return _ANY if kind == "any" else SCALARS[kind]
@@ -596,11 +596,11 @@ def cell_of(spec: Spec) -> Cell:
 _TENSOR_CELLS = {"f": _floating, "i": _integer, "u": _integer}
 
 
-def tensor_cell(dtype: np.dtype[Any]) -> Cell:
+def tensor_datatype(dtype: np.dtype[Any]) -> DataType:
     if dtype.kind in _TENSOR_CELLS:
         return _TENSOR_CELLS[dtype.kind](dtype.name, dtype.name)
     if dtype.kind == "S":
-        return Cell(
+        return DataType(
             name="bytes",
             schema={"type": "string"},
             sample="text",
@@ -608,7 +608,7 @@ def tensor_cell(dtype: np.dtype[Any]) -> Cell:
             build=lambda values: np.array([value.encode() for value in _even(values)], dtype=bytes),
         )
     if dtype.kind == "U":
-        return Cell(
+        return DataType(
             name="string",
             schema={"type": "string"},
             sample="text",
@@ -620,7 +620,7 @@ def tensor_cell(dtype: np.dtype[Any]) -> Cell:
     return SCALARS["boolean"] if dtype.kind == "b" else _ANY
 
 
-def in_bulk(cell: Cell, values: Sequence[Any], report: Report) -> Array | None:
+def in_bulk(cell: DataType, values: Sequence[Any], report: Report) -> Array | None:
     """`values` as an array, or None if some need a look of their own."""
     if float in cell.plain and (array := floats([values], len(values))) is not None:
         column = cell.of_floats(array[0])
@@ -631,7 +631,7 @@ def in_bulk(cell: Cell, values: Sequence[Any], report: Report) -> Array | None:
     return cell.bulk(values, types) if types <= cell.plain else None
 
 
-def parse_column(cell: Cell, values: Sequence[Any], required: bool, report: Report, place: Place) -> Array | None:
+def parse_column(cell: DataType, values: Sequence[Any], required: bool, report: Report, place: Place) -> Array | None:
     """`values` as an array; None if the column is optional and not there, or if `report` has something to say."""
     array = in_bulk(cell, values, report)
     if array is not None:

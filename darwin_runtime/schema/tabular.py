@@ -29,13 +29,13 @@ from darwin_runtime.schema.datatypes import (
     MOST_DEPTH,
     Array,
     Bad,
-    Cell,
+    DataType,
     InputError,
     ParamsError,
     Report,
     Spec,
     below,
-    cell_of,
+    datatype_of,
     floats,
     in_bulk,
     need_even,
@@ -43,7 +43,7 @@ from darwin_runtime.schema.datatypes import (
     or_null,
     parse_column,
     refuse,
-    tensor_cell,
+    tensor_datatype,
 )
 
 # Of a table without a signature. For each column, pandas takes as long as for a hundred numbers.
@@ -60,20 +60,20 @@ class Rows:
 
     A `table` has in `value` a dict of one-dimensional columns or, where all its columns have one numeric type, a
     matrix whose columns are called `names`. Else `value` is what the model takes: an array, a DataFrame, a list, …
-    `index` labels a table's rows, where the request did. `doubtful` input was not checked or holds nulls: if the model
-    fails on it, it may be to blame. A table that is not `complete` lacks an optional column. `kind` is equal for rows
-    that may be predicted `together` without any of them seeing a difference, None for rows that stay alone.
+    `index` labels a table's rows, where the request did. `unvalidated` input was not checked or holds nulls: if the model
+    fails on it, it may be to blame. A table that is not `complete` lacks an optional column. `batch_key` is equal for rows
+    that may be predicted `concat` without any of them seeing a difference, None for rows that stay alone.
     """
 
     value: Any
     count: int
     table: bool = False
-    doubtful: bool = False
+    unvalidated: bool = False
     index: list[Any] | None = None
     names: pd.Index[Any] | None = None
     complete: bool = True
-    kind: Hashable | None = None
-    as_sent: bool = False
+    batch_key: Hashable | None = None
+    passthrough: bool = False
 
     def for_model(self) -> Any:
         if not self.table:
@@ -97,16 +97,16 @@ class Rows:
         return self.value if numbers else None
 
 
-def together(parts: Sequence[Rows]) -> Rows:
-    """The rows of all `parts`, which have one `kind`, in their order."""
+def concat(parts: Sequence[Rows]) -> Rows:
+    """The rows of all `parts`, which have one `batch_key`, in their order."""
     first, values = parts[0], [part.value for part in parts]
     value: Any = (
         {name: np.concatenate([arrays[name] for arrays in values]) for name in first.value}
         if type(first.value) is dict
         else np.concatenate(values)
     )
-    doubtful = any(part.doubtful for part in parts)
-    return replace(first, value=value, count=sum(part.count for part in parts), doubtful=doubtful)
+    unvalidated = any(part.unvalidated for part in parts)
+    return replace(first, value=value, count=sum(part.count for part in parts), unvalidated=unvalidated)
 
 
 def _stack(columns: Sequence[Array]) -> Array:
@@ -128,7 +128,7 @@ class Column:
     """A signature's column; one without a name is known by its position."""
 
     name: str | int
-    cell: Cell
+    cell: DataType
     required: bool
 
     @property
@@ -281,7 +281,7 @@ def _csv_matrix(lines: bytes, begin: int, width: int) -> Array | None:
     return matrix if len(matrix) else None
 
 
-class ColumnPlan:
+class TabularSchema:
     """A signature of typed columns. Extra columns are ignored; the order of named ones does not matter.
 
     If `all_floats`, complete tables are one matrix of them.
@@ -291,7 +291,7 @@ class ColumnPlan:
         self.specs = specs
         self.named = specs[0].get("name") is not None
         self.columns = tuple(
-            Column(spec["name"] if self.named else index, cell_of(spec), bool(spec.get("required", True)))
+            Column(spec["name"] if self.named else index, datatype_of(spec), bool(spec.get("required", True)))
             for index, spec in enumerate(specs)
         )
         # With these, MLflow takes an object of lists for one row.
@@ -330,7 +330,7 @@ class ColumnPlan:
             names = _need_names(columns)
             _need_lists(data, len(names))
             rows = self._split(names, list(zip(*data, strict=True)), len(data))
-        return rows if index is None else replace(rows, index=_need_labels(index, rows.count), kind=None)
+        return rows if index is None else replace(rows, index=_need_labels(index, rows.count), batch_key=None)
 
     def positional(self, rows: list[Any]) -> Rows:
         """`[[1, 2], …]`: a list per row, in the signature's order."""
@@ -507,20 +507,20 @@ class ColumnPlan:
         if self._names is not None and complete:
             return self._matrix(_stack(list(columns.values())), report)
         kind = (self._kind, *columns, *map(_look, columns.values()))
-        return Rows(columns, count, True, report.nulls, complete=complete, kind=kind)
+        return Rows(columns, count, True, report.nulls, complete=complete, batch_key=kind)
 
     def _matrix(self, value: Array, report: Report) -> Rows:
-        return Rows(value, len(value), True, report.nulls, names=self._names, kind=self._kind)
+        return Rows(value, len(value), True, report.nulls, names=self._names, batch_key=self._kind)
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """A signature's tensor; -1 in `shape` stands for any length."""
 
     name: str | None
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    cell: Cell
+    cell: DataType
 
     @property
     def key(self) -> str:
@@ -590,7 +590,7 @@ class Tensor:
         return value
 
 
-class TensorPlan:
+class TensorSchema:
     """A signature of one unnamed tensor, or of named ones."""
 
     all_floats = False
@@ -601,7 +601,7 @@ class TensorPlan:
         for spec in specs:
             dtype = np.dtype(spec["tensor-spec"]["dtype"])
             shape = tuple(spec["tensor-spec"]["shape"])
-            self.tensors.append(Tensor(spec.get("name"), dtype, shape, tensor_cell(dtype)))
+            self.tensors.append(TensorSpec(spec.get("name"), dtype, shape, tensor_datatype(dtype)))
         self.named = self.tensors[0].name is not None
         self.inputs = describe(specs)
 
@@ -639,7 +639,7 @@ class TensorPlan:
             value = {self.tensors[0].key: value}
         if self.named and type(value) is not dict:
             raise refuse("an object of named tensors, or a list of such objects", value)
-        return self._parse(value if self.named else {"": value}, Tensor.parse)
+        return self._parse(value if self.named else {"": value}, TensorSpec.parse)
 
     def features(self, value: Any) -> Rows:
         """Darwin's form: the tensor or an object of tensors, each with or without its first axis of length -1."""
@@ -650,7 +650,7 @@ class TensorPlan:
         given = value if self.named else {"": value}
         batched = [t for t in self.tensors if t.batched]
         rows = {t.key: [given[t.key]] for t in batched if _depth(given.get(t.key)) == len(t.shape) - 1}
-        return self._parse({**given, **rows}, Tensor.parse)
+        return self._parse({**given, **rows}, TensorSpec.parse)
 
     def sample(self, rows: Rows | None) -> Any:
         if rows is None:
@@ -667,13 +667,13 @@ class TensorPlan:
 
     def _cells(self, names: list[str], columns: list[list[Any]], count: int) -> Rows:
         if self.named:
-            return self._parse(dict(zip(names, columns, strict=True)), Tensor.from_cells)
+            return self._parse(dict(zip(names, columns, strict=True)), TensorSpec.from_cells)
         if len(columns) == 1:
-            return self._parse({"": columns[0]}, Tensor.from_cells)
+            return self._parse({"": columns[0]}, TensorSpec.from_cells)
         rows = [list(row) for row in zip(*columns, strict=True)] or [[]] * count
-        return self._parse({"": rows}, Tensor.parse)
+        return self._parse({"": rows}, TensorSpec.parse)
 
-    def _parse(self, given: Mapping[str, Any], parse: Callable[[Tensor, Any, Report], Array | None]) -> Rows:
+    def _parse(self, given: Mapping[str, Any], parse: Callable[[TensorSpec, Any, Report], Array | None]) -> Rows:
         report, arrays = Report(), {}
         for tensor in self.tensors:
             if tensor.key in given:
@@ -686,7 +686,7 @@ class TensorPlan:
         count = len(first) if first.ndim else 1
         in_rows = all(tensor.batched and len(made[tensor.key]) == count for tensor in self.tensors)
         kind = tuple((t.key, made[t.key].dtype, made[t.key].shape[1:]) for t in self.tensors) if in_rows else None
-        return Rows(made if self.named else first, count, doubtful=report.nulls, kind=kind)
+        return Rows(made if self.named else first, count, unvalidated=report.nulls, batch_key=kind)
 
 
 def _depth(value: Any) -> int:
@@ -697,7 +697,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-class UncheckedPlan:
+class UncheckedSchema:
     """No signature: the same objects that MLflow's scoring server would hand to such a model."""
 
     inputs: Sequence[Spec] = ()
@@ -766,10 +766,10 @@ class UncheckedPlan:
         sizes = [array.shape[:1] for array in value.values()] if isinstance(value, dict) else [value.shape[:1]]
         if not sizes or 0 in sizes[0] or (isinstance(value, pd.DataFrame) and not len(value)):
             raise refuse("at least one row", given)
-        return Rows(value, sizes[0][0] if sizes[0] else 1, doubtful=True)
+        return Rows(value, sizes[0][0] if sizes[0] else 1, unvalidated=True)
 
 
-class HintedPlan(ColumnPlan):
+class TypeHintSchema(TabularSchema):
     """A signature made from a Python model's type hints: MLflow itself checks the list against the hints."""
 
     def records(self, rows: Any) -> Rows:
@@ -785,7 +785,7 @@ class HintedPlan(ColumnPlan):
         if type(value) is list and not value:
             raise refuse("a list of at least one value", value)
         _need_shallow(value)
-        return Rows(value, len(value) if type(value) is list else 1, doubtful=True)
+        return Rows(value, len(value) if type(value) is list else 1, unvalidated=True)
 
     def features(self, value: Any) -> Rows:
         return self.instances(value if type(value) is list else [value])
@@ -801,7 +801,7 @@ class HintedPlan(ColumnPlan):
         return {"$schema": schema.pop("$schema"), "type": "array", "items": items}
 
 
-Plan = ColumnPlan | TensorPlan | UncheckedPlan
+InputSchema = TabularSchema | TensorSchema | UncheckedSchema
 
 
 def describe(specs: Sequence[Spec]) -> list[dict[str, Any]]:
@@ -819,21 +819,21 @@ def describe(specs: Sequence[Spec]) -> list[dict[str, Any]]:
     return described
 
 
-def plan_of(inputs: Sequence[Spec] | None, *, from_type_hint: bool = False) -> Plan:
+def compile_schema(inputs: Sequence[Spec] | None, *, from_type_hint: bool = False) -> InputSchema:
     """The plan for a signature's inputs, in the JSON form that MLflow stores in `MLmodel`; None for no signature."""
     if not inputs:
-        return UncheckedPlan()
+        return UncheckedSchema()
     if from_type_hint:
-        return HintedPlan(inputs)
-    return TensorPlan(inputs) if inputs[0]["type"] == "tensor" else ColumnPlan(inputs)
+        return TypeHintSchema(inputs)
+    return TensorSchema(inputs) if inputs[0]["type"] == "tensor" else TabularSchema(inputs)
 
 
-class ParamPlan:
+class ParamSchema:
     """A signature's parameters. Undeclared ones are ignored, absent ones left to MLflow, which knows their defaults."""
 
     def __init__(self, specs: Sequence[Spec] | None) -> None:
         self.specs = list(specs or ())
-        self._cells = {spec["name"]: (cell_of(spec), spec.get("shape") is not None) for spec in self.specs}
+        self._cells = {spec["name"]: (datatype_of(spec), spec.get("shape") is not None) for spec in self.specs}
 
     def schema(self, name: str) -> Spec:
         """JSON Schema of the parameter `name`."""
@@ -861,7 +861,7 @@ class ParamPlan:
         return result
 
 
-def _param(cell: Cell, value: Any, bad: Bad) -> Any:
+def _param(cell: DataType, value: Any, bad: Bad) -> Any:
     if value is None:
         return None
     converted = cell.convert(value, bad)
@@ -873,7 +873,7 @@ def _param(cell: Cell, value: Any, bad: Bad) -> Any:
 
 
 @dataclass(frozen=True)
-class Contract:
+class ModelSpec:
     """What requests to a model are read by, and its answers written by.
 
     `name` and `version` are what it is called in URLs. `methods` are those that it can be asked for; `method` is what
@@ -881,8 +881,8 @@ class Contract:
     It `streams` if it can answer piece by piece.
     """
 
-    plan: Plan
-    params: ParamPlan
+    plan: InputSchema
+    params: ParamSchema
     outputs: Sequence[Spec] = ()
     name: str = "model"
     version: str = ""

@@ -113,7 +113,7 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockState:
     """Who holds a lock: how far its download is, in bytes, and how long it has been silent, in seconds."""
 
     owner: str
@@ -348,7 +348,7 @@ class Cache:
 
     # Downloading
 
-    def try_lock(self, key: str, owner: str) -> Lock | Holder:
+    def try_lock(self, key: str, owner: str) -> Lock | LockState:
         """The lock on the download of `key`, or who holds it: another owner that is alive."""
         path, inherited = self.root / _LOCKS / key, False
         while True:
@@ -360,9 +360,9 @@ class Cache:
                 if holder and holder.alive and holder.owner != owner:
                     return holder
                 if holder:
-                    inherited = self._seize(path, owner) or inherited
+                    inherited = self._steal(path, owner) or inherited
 
-    def _holder(self, path: Path) -> Holder | None:
+    def _holder(self, path: Path) -> LockState | None:
         try:
             with disk.open_regular(path) as file:
                 beaten = os.fstat(file.fileno()).st_mtime
@@ -373,9 +373,9 @@ class Cache:
         arrived, total = (_size(state.get(name)) for name in ("arrived", "total"))
         released = bool(state.get("released"))
         owner = "".join(letter for letter in str(state.get("owner", ""))[:500] if letter.isprintable())
-        return Holder(owner, arrived, total, self.now() - beaten, released)
+        return LockState(owner, arrived, total, self.now() - beaten, released)
 
-    def _seize(self, path: Path, owner: str) -> bool:
+    def _steal(self, path: Path, owner: str) -> bool:
         """Take a dead holder's lock away. Of several who try, one succeeds."""
         taken = disk.temporary(path)
         try:
@@ -469,9 +469,9 @@ class Cache:
         try:
             # Looked at once more: another pod may have replaced it, and others may use it, before the announcement.
             if wrong():
-                self.carry_out(removal)
+                self.commit(removal)
         finally:
-            self.withdraw(removal)
+            self.cancel(removal)
 
     # Names
 
@@ -582,12 +582,12 @@ class Cache:
     # Removing
 
     def announce(self, key: str) -> Removal:
-        """Say that `key` is about to be removed. List the leases after this, and before `carry_out`."""
+        """Say that `key` is about to be removed. List the leases after this, and before `commit`."""
         removal = Removal(key, self.root / _TRASH / f"{key}.{secrets.token_hex(8)}")
         disk.write_atomically(removal.plan, "")
         return removal
 
-    def carry_out(self, removal: Removal) -> bool:
+    def commit(self, removal: Removal) -> bool:
         """Take the entry out of use with one rename; False when it is gone already, or a pod has vetoed it."""
         if not removal.plan.exists():
             return False
@@ -601,13 +601,13 @@ class Cache:
             raise
         return True
 
-    def withdraw(self, removal: Removal) -> None:
+    def cancel(self, removal: Removal) -> None:
         """Take the announcement back, whether carried out or not."""
         removal.plan.unlink(missing_ok=True)
         if removal.trash.is_file():
             removal.trash.unlink(missing_ok=True)
 
-    def keep(self, key: str, found: tuple[int, int]) -> bool:
+    def veto_removals(self, key: str, found: tuple[int, int]) -> bool:
         """Veto every announced removal of the leased entry that was `found` whole, see `which`. From then on it stays
         while its pod lives; False when it is gone already."""
         for plan in self._inside(_TRASH):
@@ -702,7 +702,7 @@ def _noted(text: bytes) -> Mapping[str, object]:
 def _damage(entry: Path, verify: str) -> list[str]:
     try:
         manifest = _manifest(entry)
-    except (FileNotFoundError, NotADirectoryError, disk.NotRegular, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, disk.NotRegularFile, ValueError) as error:
         return [f"{entry / _MANIFEST}: {error}"]
     return _differences(manifest, entry, verify)
 

@@ -23,11 +23,11 @@ CHUNK_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
-class NotRegular(OSError):
+class NotRegularFile(OSError):
     """There is a link, a directory, a pipe, a socket or a device where a file belongs."""
 
 
-class Changed(OSError):
+class FileChanged(OSError):
     """A file was written to, or replaced, while it was read."""
 
 
@@ -39,7 +39,7 @@ def identity(found: os.stat_result) -> tuple[int, ...]:
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to be read; nothing is waited for, as at the other end of a pipe, and no link is followed.
 
-    Raises `NotRegular`, and `OSError` as `open` does.
+    Raises `NotRegularFile`, and `OSError` as `open` does.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -50,7 +50,7 @@ def open_regular(path: Path) -> BinaryIO:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)
-    raise NotRegular(errno.EINVAL, "not a regular file", str(path))
+    raise NotRegularFile(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_small(path: Path, most: int) -> bytes:
@@ -65,7 +65,7 @@ def read_small(path: Path, most: int) -> bytes:
 def chunks(path: Path) -> Iterator[bytes]:
     """What is in a file, piece by piece; also what grows meanwhile comes to an end.
 
-    Raises as `open_regular` does, and `Changed`.
+    Raises as `open_regular` does, and `FileChanged`.
     """
     with open_regular(path) as file:
         before, size = identity(os.fstat(file.fileno())), 0
@@ -75,7 +75,7 @@ def chunks(path: Path) -> Iterator[bytes]:
                 break
             yield chunk
         if size != before[3] or identity(os.fstat(file.fileno())) != before:
-            raise Changed(errno.EAGAIN, "changed while it was read", str(path))
+            raise FileChanged(errno.EAGAIN, "changed while it was read", str(path))
 
 
 def temporary(path: Path) -> Path:

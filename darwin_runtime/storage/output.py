@@ -51,7 +51,9 @@ def read(output: Path) -> Record | None:
         return None
 
 
-def held(output: Path, verify: str = "size", *, model_uri: str | None = None, key: str | None = None) -> Record | None:
+def current_record(
+    output: Path, verify: str = "size", *, model_uri: str | None = None, key: str | None = None
+) -> Record | None:
     """The record of the model at the output, if that is a whole copy, and is of `model_uri` or has `key`, where given.
 
     The files themselves are looked at, as far as `verify` says, and last; what is only linked is no copy.

@@ -57,11 +57,11 @@ MODEL_URI_EXAMPLE = "models:/my-model/3"
 logger = logging.getLogger("darwin.fetch")
 
 
-class Unreachable(RoleError):
+class StoreUnreachable(RoleError):
     """MLflow or the artifact store did not answer: connection, timeout, 429 or 5xx. Worth retrying."""
 
 
-class Damaged(RoleError):
+class DamagedDownload(RoleError):
     """What arrived is not what the listing promised. Worth retrying, never worth using."""
 
 
@@ -153,13 +153,13 @@ def check_access(read: Reader, variable: str, uri: str) -> None:
     read.text("MLFLOW_TRACKING_PASSWORD")
 
 
-def persist(action: Callable[[], T], retry: Retry, wait: Callable[[float], object] = time.sleep) -> T:
+def retry_action(action: Callable[[], T], retry: Retry, wait: Callable[[float], object] = time.sleep) -> T:
     """Run `action`, and again after each failure worth retrying; raises the last one's error."""
     delays = retry.delays()
     while True:
         try:
             return action()
-        except (Unreachable, Damaged) as error:
+        except (StoreUnreachable, DamagedDownload) as error:
             delay = next(delays, None)
             if delay is None:
                 raise
@@ -170,7 +170,7 @@ def persist(action: Callable[[], T], retry: Retry, wait: Callable[[float], objec
 def resolve(uri: str) -> Source:
     """Find the model at `uri` and list its root.
 
-    Raises `Unreachable` for failures worth retrying, else `RoleError`: it does not exist, access was refused, there
+    Raises `StoreUnreachable` for failures worth retrying, else `RoleError`: it does not exist, access was refused, there
     is no model there.
     """
     with explained(uri):
@@ -432,10 +432,10 @@ class _Artifacts:
             # MLflow would wait for a pipe, copy a device without end, and not notice that a file changes meanwhile.
             try:
                 manifest.copy(Path(self.local.download_artifacts(self._whole(path))).resolve(), Path(local))
-            except disk.NotRegular as error:
+            except disk.NotRegularFile as error:
                 raise RoleError(f"cannot read {self.uri}: {path} is no file, but a pipe, socket or device") from error
-            except disk.Changed as error:
-                raise Damaged(f"{path} of {self.uri} {error.strerror}") from error
+            except disk.FileChanged as error:
+                raise DamagedDownload(f"{path} of {self.uri} {error.strerror}") from error
 
     def _whole(self, path: str) -> str:
         return f"{self.root}/{path}".strip("/")
@@ -479,7 +479,7 @@ class _Way:
 
 @contextlib.contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn whatever a store raises into `Unreachable` or a `RoleError` that says what to do."""
+    """Turn whatever a store raises into `StoreUnreachable` or a `RoleError` that says what to do."""
     try:
         yield
     except (RoleError, ConfigError):
@@ -514,7 +514,7 @@ _TRANSPORT = {
 
 
 def explain(error: Exception, uri: str) -> RoleError:
-    """The error to raise for `error`, met while reading `uri`: `Unreachable` only where there was no usable answer."""
+    """The error to raise for `error`, met while reading `uri`: `StoreUnreachable` only where there was no usable answer."""
     chain = list(_chain(error))
     cause = chain[-1]
     reason = f"{type(cause).__name__}: {cause}"
@@ -534,7 +534,7 @@ def explain(error: Exception, uri: str) -> RoleError:
     lost = any(_TRANSPORT & {base.__name__ for base in type(one).__mro__} for one in chain)
     if status in (408, 429) or (status or 0) >= 500 or (status is None and lost):
         where = f"the tracking server {os.environ.get('MLFLOW_TRACKING_URI')}" if needs_tracking(uri) else "its store"
-        return Unreachable(f"cannot read {uri}: no usable answer from {where} ({reason})")
+        return StoreUnreachable(f"cannot read {uri}: no usable answer from {where} ({reason})")
     if status in _HINTS:
         store = any(isinstance(getattr(one, "response", None), Mapping) for one in chain)
         credentials = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

@@ -31,12 +31,12 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from darwin_runtime import resources
-from darwin_runtime.logs import RoleError, human
+from darwin_runtime.logs import RoleError, format_bytes
 from darwin_runtime.settings import ConfigError
 from darwin_runtime.storage import digest as digest_module
 from darwin_runtime.storage import disk, resolve
 from darwin_runtime.storage.manifest import File, digest
-from darwin_runtime.storage.resolve import Damaged, RemoteFile, Retry, Source, Unreachable
+from darwin_runtime.storage.resolve import DamagedDownload, RemoteFile, Retry, Source, StoreUnreachable
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
@@ -105,16 +105,16 @@ class _Stopped(Exception):
     """Another file has failed."""
 
 
-def within(seconds: float, action: Callable[[], T], what: str) -> T:
+def run_with_timeout(seconds: float, action: Callable[[], T], what: str) -> T:
     """Run an `action` that knows no time limit, and leave it alone once it has taken so long.
 
-    Raises what it raises, and `Unreachable` when it has not ended in time.
+    Raises what it raises, and `StoreUnreachable` when it has not ended in time.
     """
     ended: Future[T] = Future()
     if seconds > 0:
         start_threads(1, lambda: _settle(ended, action))
     if not wait([ended], max(0.0, seconds)).done:
-        raise Unreachable(f"{what}: no answer in time")
+        raise StoreUnreachable(f"{what}: no answer in time")
     return ended.result()
 
 
@@ -134,7 +134,7 @@ def fetch_model(uri: str, destination: Path) -> None:
         raise ConfigError([f"{uri!r} {why}"])
     parts = destination / f"{resolve.RESERVED}parts"
     try:
-        source = resolve.persist(lambda: resolve.resolve(uri), Retry())
+        source = resolve.retry_action(lambda: resolve.resolve(uri), Retry())
         files = Transfer(source, destination, parts, Retry(), Deadline(TIMEOUT_SECONDS)).run()
         told = digest_module.digest((file.path, file.sha256) for file in files)
         logger.info("%s has sha256 %s, which %s can ask for", uri, told, digest_module.NAME)
@@ -165,14 +165,16 @@ class Transfer:
     def run(self) -> list[File]:
         """Bring every file, and return them with size and sha256.
 
-        Raises `RoleError` when there is no time, `Damaged` or `Unreachable` when a file's attempts are used up,
+        Raises `RoleError` when there is no time, `DamagedDownload` or `StoreUnreachable` when a file's attempts are used up,
         `OSError` when the disk fails or is too small.
         """
         for directory in (self.model, self.parts):
             directory.mkdir(parents=True, exist_ok=True)
         self._left = self._parts()
         what = f"cannot list {self.source.uri} before DOWNLOAD_TIMEOUT_SECONDS are over"
-        files = within(self.deadline.left(), lambda: resolve.persist(self.source.files, self.retry), what)
+        files = run_with_timeout(
+            self.deadline.left(), lambda: resolve.retry_action(self.source.files, self.retry), what
+        )
         self.total = sum(file.size or 0 for file in files)
         here = self._here(files)
         self._check_space(files, here)
@@ -221,8 +223,8 @@ class Transfer:
     def _check_space(self, files: list[RemoteFile], here: int) -> None:
         free = shutil.disk_usage(self.model).free
         if self.total - here > free:
-            sizes = f"{human(self.total)} in {len(files)} files, of which {human(here)} are here"
-            why = f"{self.source.uri} has {sizes}, but only {human(free)} are free"
+            sizes = f"{format_bytes(self.total)} in {len(files)} files, of which {format_bytes(here)} are here"
+            why = f"{self.source.uri} has {sizes}, but only {format_bytes(free)} are free"
             raise OSError(errno.ENOSPC, why, str(self.model))
 
     def _all(self, files: list[RemoteFile]) -> list[File]:
@@ -304,7 +306,7 @@ class Transfer:
             part.take_over(left, sys.maxsize if file.size is None else file.size - 1, self._check, copied=self.shared)
         self._arriving.add(part)
         try:
-            resolve.persist(lambda: self._bring(file, part), self.retry, self._wait)
+            resolve.retry_action(lambda: self._bring(file, part), self.retry, self._wait)
         except BaseException:
             part.sync()
             raise
@@ -317,23 +319,25 @@ class Transfer:
         self._check()
         if not part.validator:
             part.restart("")
-        if part.size and part.size == file.size and part.is_as_told():
+        if part.size and part.size == file.size and part.checksums_match():
             return
         answer = self.source.store.open(file.path, part.size)
         if answer is None:
             self._download(file, part)
             return
-        if not part.goes_on(answer):
+        if not part.can_resume(answer):
             answer.close()
             part.restart("")
             answer = self.source.store.open(file.path, 0)
             assert answer is not None
-            part.goes_on(answer)
+            part.can_resume(answer)
         with answer:
             # What says of itself that it is another length is not taken at all: a page to sign in at, for one.
             if (told := _length(answer)) not in (None, file.size) and file.size is not None:
                 part.restart("")
-                raise Damaged(f"{self._named(file)} was sent with {told} bytes instead of the {file.size} listed")
+                raise DamagedDownload(
+                    f"{self._named(file)} was sent with {told} bytes instead of the {file.size} listed"
+                )
             self._stream(file, part, answer)
 
     def _stream(self, file: RemoteFile, part: _Part, answer: BaseHTTPResponse) -> None:
@@ -346,17 +350,17 @@ class Transfer:
                     break
                 if (seconds := time.monotonic() - since) > STALL_SECONDS:
                     if part.size - before < STALL_BYTES:
-                        got = human(part.size - before)
-                        raise Unreachable(f"{self._named(file)} has stalled: {got} in the last {seconds:.0f} s")
+                        got = format_bytes(part.size - before)
+                        raise StoreUnreachable(f"{self._named(file)} has stalled: {got} in the last {seconds:.0f} s")
                     since, before = time.monotonic(), part.size
         if file.size is not None and part.size != file.size:
             arrived = part.size
             if arrived > file.size:
                 part.restart("")
-            raise Damaged(f"{self._named(file)} arrived with {arrived} bytes instead of the {file.size} listed")
-        if not part.is_as_told():
+            raise DamagedDownload(f"{self._named(file)} arrived with {arrived} bytes instead of the {file.size} listed")
+        if not part.checksums_match():
             part.restart("")
-            raise Damaged(f"{self._named(file)} arrived with other bytes than its store's checksum tells")
+            raise DamagedDownload(f"{self._named(file)} arrived with other bytes than its store's checksum tells")
 
     def _chunks(self, answer: BaseHTTPResponse) -> Iterator[bytes]:
         encoded = _is_encoded(answer)
@@ -386,9 +390,9 @@ class Transfer:
             self.source.store.download(file.path, str(part.path))
             size = part.path.lstat().st_size
         except FileNotFoundError as error:
-            raise Damaged(f"{self._named(file)} did not arrive ({error})") from error
+            raise DamagedDownload(f"{self._named(file)} did not arrive ({error})") from error
         if file.size is not None and size != file.size:
-            raise Damaged(f"{self._named(file)} arrived with {size} bytes instead of the {file.size} listed")
+            raise DamagedDownload(f"{self._named(file)} arrived with {size} bytes instead of the {file.size} listed")
         part.read()
 
     def _named(self, file: RemoteFile) -> str:
@@ -477,7 +481,7 @@ class _Part:
         if copied or not self.there:
             left.unlink(missing_ok=True)
 
-    def goes_on(self, answer: BaseHTTPResponse) -> bool:
+    def can_resume(self, answer: BaseHTTPResponse) -> bool:
         """Whether `answer` can be added to what is there; when it is a whole file, that begins anew."""
         validator = _validator(answer)
         if answer.status == HTTPStatus.PARTIAL_CONTENT:
@@ -533,7 +537,7 @@ class _Part:
             self.sha256.update(chunk)
             self.size += len(chunk)
 
-    def is_as_told(self) -> bool:
+    def checksums_match(self) -> bool:
         return all(hasher.digest() == told for hasher, told in self._told)
 
 
@@ -600,8 +604,8 @@ class _Progress:
         self.thread = threading.Thread(target=self._report, name="progress", daemon=True)
 
     def __enter__(self) -> None:
-        already = f", {human(self.here)} of it already here" if self.here else ""
-        logger.info("downloading %d files, %s%s", self.count, human(self.transfer.total), already)
+        already = f", {format_bytes(self.here)} of it already here" if self.here else ""
+        logger.info("downloading %d files, %s%s", self.count, format_bytes(self.transfer.total), already)
         self.thread.start()
 
     def __exit__(self, failed: object, *_: object) -> None:
@@ -613,7 +617,7 @@ class _Progress:
         if not failed:
             seconds = max(time.monotonic() - self.started, 1e-9)
             brought = self.transfer.arrived() - self.here
-            logger.info("downloaded %s in %.1f s, %.1f MB/s", human(brought), seconds, brought / seconds / 1e6)
+            logger.info("downloaded %s in %.1f s, %.1f MB/s", format_bytes(brought), seconds, brought / seconds / 1e6)
 
     def _report(self) -> None:
         while not self.stop.wait(TERMINAL_PROGRESS_SECONDS if self.terminal else PROGRESS_SECONDS):
@@ -630,4 +634,4 @@ def progress(arrived: int, total: int, here: int, seconds: float) -> str:
     percent = 100 * arrived / total if total else 0.0
     rate = max(0, arrived - here) / seconds
     left = f"{max(0, total - arrived) / rate:.0f} s" if rate else "unknown"
-    return f"{percent:.0f}% of {human(total)}, {rate / 1e6:.1f} MB/s, ETA {left}"
+    return f"{percent:.0f}% of {format_bytes(total)}, {rate / 1e6:.1f} MB/s, ETA {left}"

@@ -16,18 +16,18 @@ from darwin_runtime.engine.batching import (
     SUSPECT_SECONDS,
     Answered,
     Batcher,
-    Gone,
+    BatchLimits,
+    ClientDisconnected,
+    DeadlineExceeded,
     InferenceThread,
-    Limits,
     Overloaded,
-    Request,
-    TooSlow,
+    PredictionRequest,
     split,
 )
 from darwin_runtime.schema.datatypes import InputError
-from darwin_runtime.schema.tabular import Rows, plan_of
+from darwin_runtime.schema.tabular import Rows, compile_schema
 
-PLAN = plan_of([{"type": "double", "name": "a"}])
+PLAN = compile_schema([{"type": "double", "name": "a"}])
 
 
 def rows(*values: float) -> Rows:
@@ -76,16 +76,20 @@ async def reply(answered: Coroutine[Any, Any, Answered]) -> Any:
 class Bench:
     """A batcher in front of a `Doubler`."""
 
-    def __init__(self, limits: Limits | None = None, *, batching: bool = True) -> None:
+    def __init__(self, limits: BatchLimits | None = None, *, batching: bool = True) -> None:
         self.model = Doubler()
         self.hung = 0
-        self.batcher = Batcher(self.model, InferenceThread(), limits or Limits(), batching=batching, on_hang=self.hang)
+        self.batcher = Batcher(
+            self.model, InferenceThread(), limits or BatchLimits(), batching=batching, on_hang=self.hang
+        )
 
     def hang(self) -> None:
         self.hung += 1
 
     def ask(self, *values: float, gone: Callable[..., Any] = still_there, size: int = 10, **params: Any) -> Any:
-        return asyncio.ensure_future(reply(self.batcher.predict(Request(rows(*values), params, write), size, gone)))
+        return asyncio.ensure_future(
+            reply(self.batcher.predict(PredictionRequest(rows(*values), params, write), size, gone))
+        )
 
     async def occupied(self) -> tuple[Any, threading.Event]:
         """The model is busy with a first request until the event is set."""
@@ -128,7 +132,7 @@ def test_one_after_another_goes_to_the_model_without_another_turn_of_the_loop() 
     async def test() -> None:
         bench = Bench()
         for call in range(3):
-            asked = bench.batcher.predict(Request(rows(call), {}, write), 10, still_there)
+            asked = bench.batcher.predict(PredictionRequest(rows(call), {}, write), 10, still_there)
             asked.send(None)
             assert bench.model.entered.acquire(timeout=60)  # which keeps the loop from turning
             asked.close()
@@ -141,7 +145,7 @@ def test_one_after_another_goes_to_the_model_without_another_turn_of_the_loop() 
 
 def test_a_batch_has_no_more_rows_than_it_may() -> None:
     async def test() -> None:
-        bench = Bench(Limits(batch_rows=4))
+        bench = Bench(BatchLimits(batch_rows=4))
         first, gate = await bench.occupied()
         others = [bench.ask(1, 2, 3), bench.ask(4), bench.ask(5), bench.ask(6, 7, 8, 9, 10), bench.ask(11)]
         await asyncio.sleep(0)
@@ -206,7 +210,9 @@ def test_an_answer_that_can_not_be_written_fails_alone() -> None:
 
     async def test() -> None:
         bench = Bench()
-        asked = [reply(bench.batcher.predict(Request(rows(i), {}, picky), 1, still_there)) for i in (0, 0, 1, 2)]
+        asked = [
+            reply(bench.batcher.predict(PredictionRequest(rows(i), {}, picky), 1, still_there)) for i in (0, 0, 1, 2)
+        ]
         _, *answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [answers[0], answers[2]] == [b"[0.0]", b"[4.0]"]
         assert isinstance(answers[1], AssertionError)
@@ -217,13 +223,15 @@ def test_an_answer_that_can_not_be_written_fails_alone() -> None:
 
 def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
-        thread, limits = InferenceThread(), Limits()
+        thread, limits = InferenceThread(), BatchLimits()
         batcher = Batcher(lambda given, *_: [given.count], thread, limits, batching=True, on_hang=lambda: None)
-        asked = [reply(batcher.predict(Request(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2, 3)]
+        asked = [
+            reply(batcher.predict(PredictionRequest(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2, 3)
+        ]
         assert await asyncio.gather(*asked) == [b"[1]", b"[2]", b"[3]"]
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         # Once that is known, it isn't tried again.
-        again = [reply(batcher.predict(Request(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2)]
+        again = [reply(batcher.predict(PredictionRequest(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2)]
         assert list(await asyncio.gather(*again)) == [b"[1]", b"[2]"]
         assert len(caplog.records) == 1
 
@@ -232,7 +240,7 @@ def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(caplog: pyt
 
 def test_what_is_too_much_is_turned_away_and_the_rest_answered() -> None:
     async def test() -> None:
-        bench = Bench(Limits(queue_rows=3))
+        bench = Bench(BatchLimits(queue_rows=3))
         first, gate = await bench.occupied()
         others = [bench.ask(1, 2), bench.ask(3)]
         await asyncio.sleep(0)
@@ -250,7 +258,7 @@ def test_what_is_too_much_is_turned_away_and_the_rest_answered() -> None:
 @pytest.mark.parametrize("batching", [True, False])
 def test_who_would_wait_too_long_is_told_so_at_once(batching: bool) -> None:
     async def test() -> None:
-        bench = Bench(Limits(timeout=8, batch_rows=2), batching=batching)
+        bench = Bench(BatchLimits(timeout=8, batch_rows=2), batching=batching)
         first, gate = await bench.occupied()
         bench.batcher._learn(1.0, 1)  # as if a batch had just taken a second
         accepted: list[Any] = []
@@ -277,7 +285,7 @@ def test_who_would_wait_too_long_is_told_so_at_once(batching: bool) -> None:
 
 def test_one_large_request_is_one_batch() -> None:
     async def test() -> None:
-        bench = Bench(Limits(timeout=8, batch_rows=2))
+        bench = Bench(BatchLimits(timeout=8, batch_rows=2))
         first, gate = await bench.occupied()
         bench.batcher._learn(1.0, 1)
         large = bench.ask(*range(1000))
@@ -308,16 +316,16 @@ def test_large_bodies_count_by_their_size() -> None:
 
 def test_what_takes_long_to_parse_waits_its_turn_unparsed() -> None:
     async def test() -> None:
-        bench = Bench(Limits(queue_rows=300))
+        bench = Bench(BatchLimits(queue_rows=300))
         first, gate = await bench.occupied()
         parsed: list[float] = []
 
         def ask(value: float) -> Any:
-            def parse() -> Request:
+            def parse() -> PredictionRequest:
                 parsed.append(value)
                 if value < 0:
                     raise InputError([])
-                return Request(rows(value, value), {}, write)
+                return PredictionRequest(rows(value, value), {}, write)
 
             return asyncio.ensure_future(reply(bench.batcher.parse_and_predict(parse, 10, still_there)))
 
@@ -340,11 +348,11 @@ def test_what_takes_long_to_parse_waits_its_turn_unparsed() -> None:
 
 def test_who_waits_too_long_is_told_and_not_run() -> None:
     async def test() -> None:
-        bench = Bench(Limits(timeout=0.1))
+        bench = Bench(BatchLimits(timeout=0.1))
         first, gate = await bench.occupied()
         second = bench.ask(1)
         for late in (first, second):
-            with pytest.raises(TooSlow, match=r"no answer within 0\.1 seconds"):
+            with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.1 seconds"):
                 await late
         assert bench.batcher.stuck >= 0.1
         gate.set()
@@ -364,7 +372,7 @@ def test_who_has_left_is_not_run() -> None:
         await asyncio.sleep(2 * SUSPECT_SECONDS)
         gate.set()
         assert list(await asyncio.gather(first, there)) == [b"[0.0]", b"[4.0]"]
-        with pytest.raises(Gone):
+        with pytest.raises(ClientDisconnected):
             await gone
         assert [call for call, _ in bench.model.calls] == [[0], [2]]
 
@@ -389,9 +397,9 @@ def test_a_cancelled_request_is_not_run() -> None:
 
 def test_a_model_that_hangs_is_told_of() -> None:
     async def test() -> None:
-        bench = Bench(Limits(timeout=0.05))
+        bench = Bench(BatchLimits(timeout=0.05))
         first, gate = await bench.occupied()
-        with pytest.raises(TooSlow):
+        with pytest.raises(DeadlineExceeded):
             await first
         while not bench.hung:
             await asyncio.sleep(0.01)
@@ -403,7 +411,7 @@ def test_a_model_that_hangs_is_told_of() -> None:
 
 def test_the_kinds_take_turns() -> None:
     async def test() -> None:
-        bench = Bench(Limits(batch_rows=2))
+        bench = Bench(BatchLimits(batch_rows=2))
         first, gate = await bench.occupied()
         others = [bench.ask(i, p=i % 2) for i in range(1, 9)]
         await asyncio.sleep(0)
@@ -440,9 +448,9 @@ def test_an_output_that_can_not_be_split_is_asked_for_one_by_one() -> None:
         return np.array(given.count)  # which has no length
 
     async def test() -> None:
-        batcher = Batcher(predict, InferenceThread(), Limits(), batching=True, on_hang=lambda: None)
+        batcher = Batcher(predict, InferenceThread(), BatchLimits(), batching=True, on_hang=lambda: None)
         for _ in range(2):
-            asked = [reply(batcher.predict(Request(rows(i), {}, write), 1, still_there)) for i in (1, 2)]
+            asked = [reply(batcher.predict(PredictionRequest(rows(i), {}, write), 1, still_there)) for i in (1, 2)]
             assert list(await asyncio.gather(*asked)) == [b"1", b"1"]
 
     run(test)

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from darwin_runtime.http.acceptor import PRECEDENCE_SECONDS, Acceptor
-from darwin_runtime.http.metrics import Board, Meter
+from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics
 from tests.conftest import wait_until
 from tests.engine.test_workers import pids
 from tests.support.connection import Connection, request
@@ -63,12 +63,12 @@ def test_clients_that_stay_are_shared_out() -> None:
 
 def ahead(counts: list[int]) -> bool:
     """Whether the first worker has more than another; one with less than none has not started."""
-    board = Board(1 + len(counts))
-    Meter(board, 0)  # the waiting room, which is gone when there are workers
+    board = SharedMetrics(1 + len(counts))
+    WorkerMetrics(board, 0)  # the waiting room, which is gone when there are workers
     meters = []
     for number, count in enumerate(counts, 1):
         if count >= 0:
-            meters.append(Meter(board, number))
+            meters.append(WorkerMetrics(board, number))
             meters[-1].connected(count)
     return meters[0].has_more_connections()
 
@@ -82,12 +82,12 @@ def test_who_has_more_than_another(counts: list[int], expected: bool) -> None:
 
 
 def test_who_died_took_its_connections_along() -> None:
-    board = Board(3)
-    Meter(board, 1).connected(9)
-    other = Meter(board, 2)
+    board = SharedMetrics(3)
+    WorkerMetrics(board, 1).connected(9)
+    other = WorkerMetrics(board, 2)
     other.connected(7)
     assert not other.has_more_connections()
-    Meter(board, 1)
+    WorkerMetrics(board, 1)
     assert other.has_more_connections()
 
 

@@ -18,7 +18,7 @@ import requests
 import tritonclient.http as triton
 from tritonclient.http.auth import BasicAuth
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, MOST_KEYS, Guard, Keys
 from darwin_runtime.model import model
@@ -74,7 +74,7 @@ OPEN = sorted(EXEMPTIBLE["probes"] | EXEMPTIBLE["metrics"])
 
 
 def guarded(keys: Path, exempt: frozenset[str] = frozenset(OPEN)) -> Service:
-    service = Service(Limits(), "flowers", guard=Guard(Keys(keys), certificates=False, exempt=exempt))
+    service = Service(BatchLimits(), "flowers", guard=Guard(Keys(keys), certificates=False, exempt=exempt))
     service.use(model.load(model_path("iris")))
     return service
 
@@ -212,7 +212,7 @@ def test_every_key_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hmac, "compare_digest", counting)
     for key, is_known in ((KEY, True), (f"{KEY}-3", True), ("x", False)):
         compared.clear()
-        assert keys.know(key.encode()) == is_known
+        assert keys.is_valid(key.encode()) == is_known
         assert compared == [32] * 3
 
 

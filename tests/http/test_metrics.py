@@ -18,9 +18,9 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
-from darwin_runtime.http.metrics import Board, Meter, exposition
+from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics, exposition
 from tests.conftest import ROOT, free_port, program, wait_until
 from tests.http.test_protocol import BODIES
 from tests.support.models import IRIS, model_path
@@ -56,7 +56,7 @@ def test_promtool_finds_nothing_to_complain_of(served: Served) -> None:
 
 
 def _never_asked() -> str:
-    with in_thread(make_app(Service(Limits()))) as url:
+    with in_thread(make_app(Service(BatchLimits()))) as url:
         answer = requests.get(url + "/metrics", timeout=60)
     assert answer.status_code == 200
     return answer.text
@@ -157,8 +157,8 @@ def test_rejected_requests_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_status_of_no_row_of_its_own() -> None:
-    board = Board(1)
-    meter = Meter(board, 0)
+    board = SharedMetrics(1)
+    meter = WorkerMetrics(board, 0)
     meter.began()
     meter.ended("other", 418, 100.0)
     body, _ = exposition(board, {"name": "m"}, None, "")
@@ -259,8 +259,8 @@ def _alerts() -> list[str]:
 
 
 def test_meters_of_several_processes_do_not_disturb_each_other() -> None:
-    board = Board(3)
-    meters = [Meter(board, number) for number in range(3)]
+    board = SharedMetrics(3)
+    meters = [WorkerMetrics(board, number) for number in range(3)]
 
     for number, meter in enumerate(meters):
         meter.began()
@@ -270,7 +270,7 @@ def test_meters_of_several_processes_do_not_disturb_each_other() -> None:
     assert totals["darwin_requests_in_progress", frozenset()] == 3
     assert totals["darwin_batch_rows_sum", frozenset()] == 3
     assert totals["darwin_request_stage_duration_seconds_sum", frozenset({("stage", "encode")})] == pytest.approx(0.9)
-    meters[1] = Meter(board, 1)
+    meters[1] = WorkerMetrics(board, 1)
     totals = figures(exposition(board, {"name": "m"}, 1.5, "")[0].decode())
     assert totals["darwin_requests_in_progress", frozenset()] == 2
 

@@ -12,7 +12,7 @@ import pytest
 import requests
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import VERSION, Service, make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, Guard, Keys
 from darwin_runtime.model import model
@@ -104,7 +104,7 @@ def test_every_route_it_tells_is_there(ours: Callable[[str], str]) -> None:
 
 
 def test_it_tells_where_it_is_shown() -> None:
-    service = Service(Limits(), "iris")
+    service = Service(BatchLimits(), "iris")
     service.use(model.load(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for base in (url, f"{url}/models/iris"):
@@ -117,7 +117,7 @@ def test_it_tells_where_it_is_shown() -> None:
 def test_it_tells_how_one_gets_in(tmp_path: Path, key: bool, certificate: bool) -> None:
     (tmp_path / "keys").write_text("a-key-for-the-document\n")
     keys = Keys(tmp_path / "keys") if key else None
-    service = Service(Limits(), guard=Guard(keys, certificates=certificate, exempt=EXEMPTIBLE["probes"]))
+    service = Service(BatchLimits(), guard=Guard(keys, certificates=certificate, exempt=EXEMPTIBLE["probes"]))
     service.use(model.load(model_path("iris")))
     whole = json.loads(service.loaded.documents.openapi("").body)
     OpenAPIV31SpecValidator(whole).validate()
@@ -157,7 +157,7 @@ def test_versions_agree() -> None:
 
 
 def test_nothing_is_said_before_there_is_a_model() -> None:
-    with in_thread(make_app(Service(Limits()))) as url:
+    with in_thread(make_app(Service(BatchLimits()))) as url:
         assert requests.get(url, timeout=60).json() == {"status": "alive"}
         for path in ("/openapi.json", "/docs", "/v2/models/model", "/schema"):
             answer = requests.get(url + path, timeout=60)

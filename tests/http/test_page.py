@@ -22,7 +22,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.model import model
 from tests.conftest import ROOT, http_server, program, wait_until
@@ -248,7 +248,7 @@ def _brightness(color: str) -> float:
 
 
 def test_behind_a_proxy(browser: Browser) -> None:
-    service = Service(Limits(), "iris")
+    service = Service(BatchLimits(), "iris")
     service.use(model.load(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for path in ("/models/iris", "/models/iris/", "/models/iris/docs"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from darwin_runtime.http import reloading
-from darwin_runtime.http.reloading import Mounted, Unusable
+from darwin_runtime.http.reloading import ReloadingFile, UnusableFile
 from tests.support.mounts import Mount
 
 
@@ -30,10 +30,10 @@ def test_what_could_not_be_loaded_is_tried_again_and_told_once(
         nonlocal fails
         if fails:
             fails -= 1
-            raise Unusable("not now")
+            raise UnusableFile("not now")
         return (mount / "a").read_text()
 
-    mounted = Mounted([mount / "a"], load, renewed.append)
+    mounted = ReloadingFile([mount / "a"], load, renewed.append)
     mount.put(a="2")
     fails = 3
     with caplog.at_level(logging.INFO):
@@ -55,14 +55,14 @@ def test_a_change_while_it_is_read_is_seen_at_the_next_look(tmp_path: Path) -> N
             changes.pop()()
         return found
 
-    mounted = Mounted([mount / "a"], load, lambda _: None)
+    mounted = ReloadingFile([mount / "a"], load, lambda _: None)
     assert [mounted.value for _ in range(4)] == ["2", "3", "3", "3"]
 
 
 def test_it_is_read_only_when_it_has_changed(tmp_path: Path) -> None:
     mount = Mount(tmp_path / "secret", a="1", b="1")
     loads = itertools.count(1)
-    mounted = Mounted([mount / "a", mount / "b"], lambda: next(loads), lambda _: None)
+    mounted = ReloadingFile([mount / "a", mount / "b"], lambda: next(loads), lambda _: None)
     assert [mounted.value for _ in range(3)] == [1, 1, 1]
     # In place, too, as those do it who are not the kubelet.
     (mount / "b").write_text("22")

@@ -17,7 +17,7 @@ import sklearn.utils
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.model import fast_path
 from darwin_runtime.model import model as model_module
@@ -87,7 +87,7 @@ def target(kind: str, features: pd.DataFrame) -> Any:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[tuple[Service, str]]:
-    service = Service(Limits(timeout=120))
+    service = Service(BatchLimits(timeout=120))
     with in_thread(make_app(service)) as url:
         yield service, url
 

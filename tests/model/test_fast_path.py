@@ -44,8 +44,8 @@ from sklearn.tree import DecisionTreeClassifier
 from darwin_runtime import mlflow_import
 from darwin_runtime.model import fast_path
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import Model, PredictionFailed, Refused
-from darwin_runtime.model.native import Unproven
+from darwin_runtime.model.model import InputRejected, Model, PredictionFailed
+from darwin_runtime.model.native import NotEquivalent
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.schema.datatypes import InputError
 from tests.support.models import REQUIREMENTS, model_path, save
@@ -135,12 +135,12 @@ def assert_answers_as_pyfunc(model: Model, quick: Model, features: Any, *, answe
                 warnings.simplefilter("ignore")
                 try:
                     outcomes.append(each.predict(rows))
-                except (PredictionFailed, Refused) as error:
+                except (PredictionFailed, InputRejected) as error:
                     outcomes.append((type(error), str(error)))
         assert fast_path.same(*outcomes), (batch, outcomes)
     if answered:
-        assert quick.path.arrays
-        quick.path.arrays(model.plan.split(None, cells))
+        assert quick.path.predict_array
+        quick.path.predict_array(model.plan.split(None, cells))
 
 
 ON_ARRAYS: dict[str, Callable[[], Model]] = {
@@ -227,7 +227,7 @@ def test_on_arrays_and_batched(name: str) -> None:
         warnings.simplefilter("ignore")
         model = ON_ARRAYS[name]()
     quick = proven(model)
-    assert quick.path.arrays, quick.path.description
+    assert quick.path.predict_array, quick.path.description
     assert quick.batchable, quick.path.description
     assert quick.path.description.startswith("predicts on arrays with ")
     assert quick.path.description.endswith("; rows may be batched")
@@ -236,7 +236,7 @@ def test_on_arrays_and_batched(name: str) -> None:
 
 def not_on_arrays(model: Model, why: str) -> Model:
     quick = proven(model)
-    assert quick.path.arrays is None
+    assert quick.path.predict_array is None
     assert why in quick.path.description
     return quick
 
@@ -287,7 +287,7 @@ def test_rows_that_depend_on_others_are_not_batched() -> None:
     """Made of known code only, so that the rows themselves must show it."""
     model = loaded(make_pipeline(FunctionTransformer(scale), Ridge()).fit(TABLE, NUMBER))
     quick = proven(model)
-    assert quick.path.arrays
+    assert quick.path.predict_array
     assert not quick.batchable
     assert "depends on the rows beside it" in quick.path.description
     assert_answers_as_pyfunc(model, quick, TABLE)
@@ -305,7 +305,7 @@ def test_threads_of_a_forest_are_left_to_it() -> None:
     forest = RandomForestClassifier(20, random_state=0, n_jobs=2).fit(TABLE, WORD)
     model = loaded(forest)
     quick = proven(model)
-    assert quick.path.arrays
+    assert quick.path.predict_array
     assert model.pyfunc.get_raw_model().n_jobs == 2
     rows = model.plan.split(None, values(TABLE, slice(0, 20)))
     assert quick.predict(rows).tolist() == model.predict(rows).tolist()
@@ -320,13 +320,13 @@ def test_numbers_of_several_types() -> None:
         loaded(make_pipeline(StandardScaler(), Ridge()).fit(table[["n"]], NUMBER), table[["n"]]),
     ):
         quick = proven(model)
-        assert quick.path.arrays
+        assert quick.path.predict_array
         assert quick.batchable
         names = [column.key for column in model.plan.columns]  # type: ignore[union-attr]
         cells = [dict(zip(names, row, strict=True)) for row in values(table[names].astype(object), slice(0, 9))]
         rows = model.plan.records(cells)
         assert fast_path.same(quick.predict(rows), model.predict(rows))
-        quick.path.arrays(rows)
+        quick.path.predict_array(rows)
     rows = model.plan.records([{"n": 2**62 + 1}])
     assert fast_path.same(quick.predict(rows), model.predict(rows))
 
@@ -335,11 +335,11 @@ def test_integers_that_are_no_floats_go_through_tables() -> None:
     table = pd.DataFrame({"n": np.arange(20) * 2**40, "x": np.linspace(0, 1, 20)})
     model = loaded(DecisionTreeClassifier(random_state=0).fit(table, np.arange(20) % 3), table)
     quick = proven(model)
-    assert quick.path.arrays
-    quick.path.arrays(model.plan.records([{"n": 5, "x": 0.5}]))
+    assert quick.path.predict_array
+    quick.path.predict_array(model.plan.records([{"n": 5, "x": 0.5}]))
     large = model.plan.records([{"n": 2**54 + 1, "x": 0.5}])
-    with pytest.raises(Unproven):
-        quick.path.arrays(large)
+    with pytest.raises(NotEquivalent):
+        quick.path.predict_array(large)
     assert fast_path.same(quick.predict(large), model.predict(large))
 
 
@@ -347,7 +347,7 @@ def test_a_tensor_that_is_a_table() -> None:
     features = TABLE.to_numpy()
     model = loaded(make_pipeline(StandardScaler(), LogisticRegression()).fit(features, WORD), features)
     quick = proven(model)
-    assert quick.path.arrays
+    assert quick.path.predict_array
     assert quick.batchable
     assert_answers_as_pyfunc(model, quick, features)
 
@@ -356,12 +356,12 @@ def test_optional_columns_may_be_absent() -> None:
     signature = ModelSignature(Schema([ColSpec("double", name, required=name == "a") for name in NAMES]))
     model = loaded(HistGradientBoostingClassifier(max_iter=5).fit(HOLES, WORD), HOLES, signature=signature)
     quick = proven(model)
-    assert quick.path.arrays
+    assert quick.path.predict_array
     full, absent = (model.plan.records([row]) for row in (dict.fromkeys(NAMES, 0.5), {"a": 0.5}))
     assert fast_path.same(quick.predict(full), model.predict(full))
-    with pytest.raises(Refused, match="feature names") as expected:
+    with pytest.raises(InputRejected, match="feature names") as expected:
         model.predict(absent)
-    with pytest.raises(Refused) as found:
+    with pytest.raises(InputRejected) as found:
         quick.predict(absent)
     assert str(found.value) == str(expected.value)
 
@@ -383,7 +383,7 @@ def test_without_an_example() -> None:
         ),
     ):
         quick = proven(model)
-        assert quick.path.arrays
+        assert quick.path.predict_array
         assert quick.batchable
         assert_answers_as_pyfunc(model, quick, TABLE)
 
@@ -400,12 +400,12 @@ def test_params_are_enforced_and_have_their_defaults() -> None:
     signature = ModelSignature(infer_signature(TABLE).inputs, params=params)
     model = loaded(xgboost.XGBRegressor(n_estimators=5).fit(TABLE, YES), TABLE, "xgboost", signature=signature)
     quick = proven(model)
-    assert quick.path.arrays
+    assert quick.path.predict_array
     assert not quick.batchable
     rows = model.plan.split(None, values(TABLE, slice(0, 5)))
     for given in ({}, {"output_margin": True}):
         assert fast_path.same(quick.predict(rows, given), model.predict(rows, given))
-    with pytest.raises(Refused, match="Invalid parameters") as caught:
+    with pytest.raises(InputRejected, match="Invalid parameters") as caught:
         quick.predict(rows, {"output_margin": "no"})
     assert caught.value.by_schema
 
@@ -422,7 +422,7 @@ def test_defaults_of_params_count() -> None:
 def test_any_flavor_may_do_without_the_check_of_the_schema(name: str) -> None:
     quick = proven(model_module.load(model_path(name)))
     assert without_check(quick)
-    assert quick.path.arrays is None
+    assert quick.path.predict_array is None
     assert not quick.batchable
     assert "may run any code" in quick.path.description
 
@@ -441,20 +441,20 @@ def test_params_of_python_models() -> None:
     rows = model.plan.records([{"a": 1, "b": 2}])
     for given in ({}, {"factor": 3, "weights": [1], "since": "2025-01-01"}):
         assert quick.predict(rows, model.params.parse(given)) == model.predict(rows, model.params.parse(given))
-    with pytest.raises(Refused):
+    with pytest.raises(InputRejected):
         quick.predict(rows, {"count": "many"})
 
 
 def test_switched_off_rows_may_still_be_batched() -> None:
     model = ON_ARRAYS["forest"]()
     quick = proven(model, fast=False)
-    assert quick.path.arrays is None
+    assert quick.path.predict_array is None
     assert quick.path.description == "predicts through pyfunc; FAST_PATH=off; rows may be batched"
 
 
 def test_a_slow_model_is_not_proven() -> None:
     quick = ON_ARRAYS["forest"]().proven(budget=0)
-    assert quick.path.arrays is None
+    assert quick.path.predict_array is None
     assert not quick.batchable
     assert "the proof takes more than 0 s" in quick.path.description
 

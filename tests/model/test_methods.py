@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from darwin_runtime.engine.batching import Batcher, InferenceThread, Limits, Request
+from darwin_runtime.engine.batching import Batcher, BatchLimits, InferenceThread, PredictionRequest
 from darwin_runtime.logs import RoleError
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model.self_test import example_rows, make_ready
@@ -46,7 +46,7 @@ def test_the_estimator_s_own_answer(tmp_path: Path, method: str, fast: bool) -> 
     with np.errstate(divide="ignore"):
         model = model_module.load(directory, method=method).proven(fast=fast)
         assert model.path.batchable
-        assert bool(model.path.arrays) == fast
+        assert bool(model.path.predict_array) == fast
         expected = getattr(CLASSIFIER, method)(TABLE.head(5))
         np.testing.assert_array_equal(model.predict(iris_rows(model)), expected)
         other = "predict_proba" if method == "predict" else "predict"
@@ -117,9 +117,11 @@ def test_only_the_proven_method_is_batched() -> None:
         return False
 
     async def test() -> None:
-        batcher = Batcher(predict, InferenceThread(), Limits(), batching=True, on_hang=lambda: None)
+        batcher = Batcher(predict, InferenceThread(), BatchLimits(), batching=True, on_hang=lambda: None)
         methods = ["predict_proba", "", "predict_proba", "", ""]
-        asked = [batcher.predict(Request(rows, {}, lambda output: output, method), 1, here) for method in methods]
+        asked = [
+            batcher.predict(PredictionRequest(rows, {}, lambda output: output, method), 1, here) for method in methods
+        ]
         for method, answered in zip(methods, await asyncio.gather(*asked), strict=True):
             assert answered.reply.ndim == (2 if method else 1)
             assert answered.rows == rows.count

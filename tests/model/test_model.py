@@ -19,7 +19,7 @@ import yaml
 from darwin_runtime import mlflow_import
 from darwin_runtime.logs import RoleError
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import PredictionFailed, Refused
+from darwin_runtime.model.model import InputRejected, PredictionFailed
 from tests.support.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path
 
 
@@ -214,13 +214,13 @@ def test_who_is_to_blame() -> None:
         checked.predict(checked.plan.records([{"form": "raise"}]))
     with pytest.raises(PredictionFailed, match="KeyError"):
         checked.predict(checked.plan.records([{"form": "no such form"}]))
-    with pytest.raises(Refused, match="KeyError"):
+    with pytest.raises(InputRejected, match="KeyError"):
         unchecked.predict(unchecked.plan.records([{"form": "no such form"}]))
-    with pytest.raises(Refused):
+    with pytest.raises(InputRejected):
         checked.predict(checked.plan.records([{"form": None}]))
     with pytest.raises(PredictionFailed, match="AttributeError"):
         checked.predict(checked.plan.records([{"form": "attribute"}]))
-    with pytest.raises(Refused, match="AttributeError"):
+    with pytest.raises(InputRejected, match="AttributeError"):
         unchecked.predict(unchecked.plan.records([{"form": "attribute"}]))
     with pytest.raises(PredictionFailed, match="Panic: in another language"):
         unchecked.predict(unchecked.plan.records([{"form": "panic"}]))
@@ -269,7 +269,7 @@ def test_type_hints_are_mlflows_to_check() -> None:
     model = model_module.load(model_path("hinted"))
     assert model.predict(model.plan.instances([{"a": 1, "b": 2}])) == [3]
     assert model.predict(model.plan.features({"a": 1})) == [1]
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InputRejected) as caught:
         model.predict(model.plan.instances([{"a": "x"}]))
     assert caught.value.by_schema
 

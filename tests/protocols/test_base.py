@@ -11,24 +11,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from darwin_runtime.engine.batching import Request, TooSlow
-from darwin_runtime.model.model import PredictionFailed, Refused
+from darwin_runtime.engine.batching import DeadlineExceeded, PredictionRequest
+from darwin_runtime.model.model import InputRejected, PredictionFailed
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols.base import Malformed, NotReady, Unsupported
-from darwin_runtime.protocols.encoding import Unwritable, dump
+from darwin_runtime.protocols.base import BadRequest, NotReady, UnsupportedMediaType
+from darwin_runtime.protocols.encoding import EncodingError, dump
 from darwin_runtime.schema.datatypes import InputError, ParamsError
-from darwin_runtime.schema.tabular import Contract, ParamPlan, plan_of
+from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
 
-PLAN = plan_of([{"type": "long", "name": "a"}])
-PARAMS = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
-CONTRACT = Contract(PLAN, PARAMS)
+PLAN = compile_schema([{"type": "long", "name": "a"}])
+PARAMS = ParamSchema([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
+CONTRACT = ModelSpec(PLAN, PARAMS)
 
 
-def predict(body: bytes) -> Request:
+def predict(body: bytes) -> PredictionRequest:
     return protocols.read_predict(body, {}, CONTRACT)
 
 
-def invoke(body: bytes, content_type: str | None = "application/json") -> Request:
+def invoke(body: bytes, content_type: str | None = "application/json") -> PredictionRequest:
     headers = {} if content_type is None else {b"content-type": content_type.encode()}
     return protocols.read_invocations(body, headers, CONTRACT)
 
@@ -70,7 +70,7 @@ def test_csv_content_types(content_type: str) -> None:
     ["text/plain", "application/xml", "text/csv; charset=latin-1", "application/json; version=2", "nonsense", ";"],
 )
 def test_other_content_types(content_type: str) -> None:
-    with pytest.raises(Unsupported):
+    with pytest.raises(UnsupportedMediaType):
         invoke(b"", content_type)
 
 
@@ -83,10 +83,10 @@ NOT_JSON = [
 
 @pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:20]))
 def test_bodies_that_are_no_json_object(body: bytes) -> None:
-    with pytest.raises(Malformed) as caught:
+    with pytest.raises(BadRequest) as caught:
         predict(body)
     assert len(str(caught.value)) < 300
-    with pytest.raises(Malformed):
+    with pytest.raises(BadRequest):
         invoke(body)
 
 
@@ -102,7 +102,7 @@ def test_bodies_that_are_no_json_object(body: bytes) -> None:
     ],
 )
 def test_features_or_keys_but_not_both(body: bytes) -> None:
-    with pytest.raises(Malformed):
+    with pytest.raises(BadRequest):
         predict(body)
 
 
@@ -120,12 +120,12 @@ def test_features_or_keys_but_not_both(body: bytes) -> None:
     ],
 )
 def test_exactly_one_well_formed_shape(body: bytes) -> None:
-    with pytest.raises((Malformed, InputError)):
+    with pytest.raises((BadRequest, InputError)):
         invoke(body)
 
 
 def test_csv_must_be_utf8() -> None:
-    with pytest.raises(Malformed, match="UTF-8"):
+    with pytest.raises(BadRequest, match="UTF-8"):
         invoke(b"a\n\xe4\n", "text/csv")
 
 
@@ -165,9 +165,9 @@ def test_answers(output: Any, predictions: Any, scores: Any) -> None:
 
 @pytest.mark.parametrize("output", [object(), [object()], {"a": 1j}, {"deep": {1, 2}}])
 def test_answers_without_a_json_form(output: Any) -> None:
-    with pytest.raises(Unwritable):
+    with pytest.raises(EncodingError):
         protocols.write_predictions(output)
-    with pytest.raises(Unwritable):
+    with pytest.raises(EncodingError):
         protocols.write_scores(output)
 
 
@@ -183,13 +183,13 @@ def input_error(error: type[InputError] = InputError, **row: Any) -> InputError:
         (input_error(a="x"), 400, "BAD_REQUEST", 422),
         (input_error(), 400, "INVALID_PARAMETER_VALUE", 422),
         (input_error(ParamsError, a="x"), 400, "INVALID_PARAMETER_VALUE", 422),
-        (Malformed("no JSON"), 400, "BAD_REQUEST", 422),
-        (Refused("no"), 400, "BAD_REQUEST", 400),
-        (Refused("no", by_schema=True), 400, "INVALID_PARAMETER_VALUE", 400),
+        (BadRequest("no JSON"), 400, "BAD_REQUEST", 422),
+        (InputRejected("no"), 400, "BAD_REQUEST", 400),
+        (InputRejected("no", by_schema=True), 400, "INVALID_PARAMETER_VALUE", 400),
         (NotReady("loading"), 503, "TEMPORARILY_UNAVAILABLE", 503),
-        (TooSlow("60 s"), 504, "DEADLINE_EXCEEDED", 504),
+        (DeadlineExceeded("60 s"), 504, "DEADLINE_EXCEEDED", 504),
         (PredictionFailed("ValueError: oh"), 500, "INTERNAL_ERROR", 500),
-        (Unwritable("set"), 500, "INTERNAL_ERROR", 500),
+        (EncodingError("set"), 500, "INTERNAL_ERROR", 500),
         (RuntimeError("/secret/path"), 500, "INTERNAL_ERROR", 500),
     ],
 )
@@ -223,26 +223,30 @@ def test_darwin_mismatch_in_full() -> None:
 
 
 def test_unsupported_media_types_are_answered_in_plain_text() -> None:
-    assert protocols.mlflow_failure(Unsupported("no")) == protocols.Reply(415, b"no", "text/plain; charset=utf-8")
+    assert protocols.mlflow_failure(UnsupportedMediaType("no")) == protocols.Reply(
+        415, b"no", "text/plain; charset=utf-8"
+    )
 
 
 def test_integers_beyond_64_bits_are_exact() -> None:
     body = b'{"dataframe_records": [{"a": 18446744073709551617, "b": "99999999999999999999"}]}'
-    rows = protocols.read_invocations(body, {}, Contract(plan_of(None), PARAMS)).rows
+    rows = protocols.read_invocations(body, {}, ModelSpec(compile_schema(None), PARAMS)).rows
     assert rows.for_model()["a"].tolist() == [2**64 + 1]
     with pytest.raises(InputError):
-        protocols.read_invocations(body, {}, Contract(plan_of([{"type": "double", "name": "a"}]), PARAMS))
+        protocols.read_invocations(body, {}, ModelSpec(compile_schema([{"type": "double", "name": "a"}]), PARAMS))
 
 
 @pytest.mark.parametrize("value", [2**64 + 1, -(2**63) - 1, [2**64 + 1], [0.5, -(2**64) - 1], 10**30 + 1])
 def test_integers_beyond_64_bits_are_exact_wherever_they_are(value: Any) -> None:
-    rows = protocols.read_invocations(dump({"inputs": {"a": [value]}}), {}, Contract(plan_of(None), PARAMS)).rows
+    rows = protocols.read_invocations(
+        dump({"inputs": {"a": [value]}}), {}, ModelSpec(compile_schema(None), PARAMS)
+    ).rows
     assert rows.value["a"].tolist() == [value]
 
 
 @pytest.mark.parametrize("body", [b"1" * 5000, b'{"inputs": [' + b"1" * 5000 + b"]}"])
 def test_an_integer_too_long_for_python_is_malformed(body: bytes) -> None:
-    with pytest.raises(Malformed):
+    with pytest.raises(BadRequest):
         invoke(body)
 
 
@@ -263,24 +267,24 @@ def test_a_dataclass_is_a_score() -> None:
 
 def test_deep_nesting_beside_a_long_integer() -> None:
     body = b'{"features": ' + b"[" * 1010 + b"1234567890123456789" + b"]" * 1010 + b"}"
-    with pytest.raises((Malformed, InputError)):
+    with pytest.raises((BadRequest, InputError)):
         predict(body)
 
 
 @pytest.mark.parametrize("value", ["100000000000000000001", "123456789012345678901234567890", "-9223372036854775809"])
 @pytest.mark.parametrize("place", ["cell", "param", "extra"])
 def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
-    plan = plan_of([{"type": "double", "name": "a"}])
-    params = ParamPlan([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
+    plan = compile_schema([{"type": "double", "name": "a"}])
+    params = ParamSchema([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
 
-    def read(rows: int) -> Request:
+    def read(rows: int) -> PredictionRequest:
         cell = value if place == "cell" else "1.5"
         extra = f', "b": {value}' if place == "extra" else ""
         records = ", ".join([f'{{"a": 0.5{extra}}}'] * rows + [f'{{"a": {cell}}}'])
         param = f', "params": {{"p": {value}}}' if place == "param" else ""
         body = f'{{"dataframe_records": [{records}]{param}}}'.encode()
         assert (len(body) > 16 * 1024) == (rows > 1)
-        return protocols.read_invocations(body, {}, Contract(plan, params))
+        return protocols.read_invocations(body, {}, ModelSpec(plan, params))
 
     for rows in (1, 2000):
         if place == "extra":
@@ -293,6 +297,6 @@ def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b"[[1]],"])
 def test_what_would_take_far_more_memory_than_its_size_is_not_parsed(piece: bytes) -> None:
     body = b'{"instances":[' + piece * protocols.MOST_CONTAINERS + b"0]}"
-    plan = plan_of([{"type": "double", "name": "a"}])
+    plan = compile_schema([{"type": "double", "name": "a"}])
     with pytest.raises(protocols.TooLarge, match="more than 4000000 arrays and objects"):
         protocols.read_object(body, plan, lambda _: pytest.fail("it was parsed"))

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import requests
 
-from darwin_runtime.engine.batching import Overloaded, TooSlow
+from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded
 from darwin_runtime.http import streaming
 from darwin_runtime.http.streaming import AHEAD, MOST, Streams
 from tests.conftest import wait_until
@@ -196,7 +196,7 @@ def test_a_piece_that_takes_too_long() -> None:
     async def test() -> None:
         pieces = Streams().pieces(start, 0.05)
         assert await anext(pieces) == 1
-        with pytest.raises(TooSlow):
+        with pytest.raises(DeadlineExceeded):
             await anext(pieces)
 
     try:
@@ -216,7 +216,7 @@ def test_a_model_that_stays_silent_is_given_up() -> None:
         streams = Streams(lambda: hung.append(1))
         pieces = streams.pieces(start, 0.05)
         assert await anext(pieces) == 1
-        with pytest.raises(TooSlow):
+        with pytest.raises(DeadlineExceeded):
             await anext(pieces)
         while not hung:
             await asyncio.sleep(0)

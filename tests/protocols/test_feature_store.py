@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.protocols import feature_store
-from darwin_runtime.protocols.base import StoreFailed
+from darwin_runtime.protocols.base import FeatureStoreError
 from darwin_runtime.protocols.feature_store import FeatureStore
 from tests.http.test_protocol import PARENT
 from tests.support.models import IRIS, model_path
@@ -216,7 +216,7 @@ def test_unknown_groups_and_keys(predict: Any) -> None:
 def test_no_answer_at_all() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(StoreFailed, match="cannot be reached") as caught:
+    with pytest.raises(FeatureStoreError, match="cannot be reached") as caught:
         FeatureStore(url, url).features("flowers", KEYS, {})
     assert caught.value.status == 502
 
@@ -224,7 +224,7 @@ def test_no_answer_at_all() -> None:
 def test_no_json(running: tuple[Store, str], store: Store) -> None:
     store.fault = ("schema", 200)
     url = running[1]
-    with pytest.raises(StoreFailed, match="not JSON"):
+    with pytest.raises(FeatureStoreError, match="not JSON"):
         FeatureStore(f"{url}/store", f"{url}/admin/v1").features("flowers", KEYS, {})
 
 
@@ -250,7 +250,7 @@ def test_a_store_that_takes_too_long_holds_nobody_up(
     store.fault = ("schema", "slow")
     url = running[1]
     features = FeatureStore(f"{url}/store", f"{url}/admin/v1")
-    with switching(store=features, limits=Limits(timeout=0.2)) as switch, ThreadPoolExecutor(6) as threads:
+    with switching(store=features, limits=BatchLimits(timeout=0.2)) as switch, ThreadPoolExecutor(6) as threads:
         ours = switch("iris") + "/predict"
         answers = list(threads.map(lambda _: requests.post(ours, json=ASKED, timeout=60), range(6)))
         assert {answer.status_code for answer in answers} == {503, 504}
@@ -266,6 +266,6 @@ def test_an_answer_that_trickles_or_never_ends(monkeypatch: pytest.MonkeyPatch) 
             await asyncio.sleep(0.01)
 
     monkeypatch.setattr(feature_store, "ANSWER_SECONDS", 0.1)
-    with in_thread(trickle) as url, pytest.raises(StoreFailed, match="did not answer in time") as caught:
+    with in_thread(trickle) as url, pytest.raises(FeatureStoreError, match="did not answer in time") as caught:
         FeatureStore(url, url).features("flowers", KEYS, {})
     assert caught.value.status == 504

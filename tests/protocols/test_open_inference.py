@@ -12,27 +12,27 @@ import pandas as pd
 import pytest
 
 from darwin_runtime.protocols import open_inference
-from darwin_runtime.protocols.base import Malformed
-from darwin_runtime.protocols.encoding import Unwritable
+from darwin_runtime.protocols.base import BadRequest
+from darwin_runtime.protocols.encoding import EncodingError
 from darwin_runtime.schema.datatypes import InputError
-from darwin_runtime.schema.tabular import Contract, ParamPlan, plan_of
+from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
 from tests.support import tensors
 
-NO_PARAMS = ParamPlan(None)
-TWO = Contract(plan_of([{"type": "double", "name": "a"}, {"type": "string", "name": "b"}]), NO_PARAMS)
-ROWS = Contract(plan_of([{"type": "double", "name": "a"}, {"type": "double", "name": "b"}]), NO_PARAMS)
-METHODS = Contract(ROWS.plan, NO_PARAMS, methods=("predict", "predict_proba"))
+NO_PARAMS = ParamSchema(None)
+TWO = ModelSpec(compile_schema([{"type": "double", "name": "a"}, {"type": "string", "name": "b"}]), NO_PARAMS)
+ROWS = ModelSpec(compile_schema([{"type": "double", "name": "a"}, {"type": "double", "name": "b"}]), NO_PARAMS)
+METHODS = ModelSpec(ROWS.plan, NO_PARAMS, methods=("predict", "predict_proba"))
 
 A = {"name": "a", "shape": [2], "datatype": "FP64", "data": [1.5, 2]}
 B = {"name": "b", "shape": [2, 1], "datatype": "BYTES", "data": ["x", "y"]}
 
 
-def read(request: Any, contract: Contract = TWO, headers: dict[bytes, bytes] | None = None) -> Any:
+def read(request: Any, contract: ModelSpec = TWO, headers: dict[bytes, bytes] | None = None) -> Any:
     body = request if isinstance(request, bytes) else json.dumps(request).encode()
     return open_inference.read_infer(body, headers or {}, contract)
 
 
-def read_binary(body: bytes, length: int | str, contract: Contract = TWO) -> Any:
+def read_binary(body: bytes, length: int | str, contract: ModelSpec = TWO) -> Any:
     return read(body, contract, {b"inference-header-content-length": str(length).encode()})
 
 
@@ -84,7 +84,7 @@ def test_columns() -> None:
     ],
 )
 def test_what_is_refused(request_: Any, why: str) -> None:
-    with pytest.raises(Malformed) as caught:
+    with pytest.raises(BadRequest) as caught:
         read(request_)
     assert why in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -145,14 +145,14 @@ LONG = struct.pack("<I", 2**32 - 1)
 )
 def test_binary_data_that_lies(tensor: dict[str, Any], data: bytes, size: int | None, why: str) -> None:
     body, length = packed(tensor, data, size)
-    with pytest.raises(Malformed) as caught:
-        read_binary(body, length, Contract(plan_of(None), NO_PARAMS))
+    with pytest.raises(BadRequest) as caught:
+        read_binary(body, length, ModelSpec(compile_schema(None), NO_PARAMS))
     assert why in str(caught.value)
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "", "99999", "1e1", "\u0664", "9" * 5000])
 def test_a_header_length_that_lies(length: str) -> None:
-    with pytest.raises(Malformed, match="Inference-Header-Content-Length"):
+    with pytest.raises(BadRequest, match="Inference-Header-Content-Length"):
         read_binary(b"{}", length)
 
 
@@ -164,7 +164,7 @@ def test_integers_are_exact() -> None:
 
 def test_data_and_binary_data_exclude_each_other() -> None:
     head = json.dumps({"inputs": [{**A, "parameters": {"binary_data_size": 16}}]}).encode()
-    with pytest.raises(Malformed, match="not both"):
+    with pytest.raises(BadRequest, match="not both"):
         read_binary(head + b"\0" * 16, len(head))
 
 
@@ -177,14 +177,14 @@ def test_numbers_that_json_has_not(values: list[list[float]]) -> None:
     else:
         rows = read_binary(body, length, ROWS).rows
         np.testing.assert_array_equal(rows.value, values)
-        assert rows.doubtful == bool(np.isnan(values).any())
+        assert rows.unvalidated == bool(np.isnan(values).any())
 
 
 def test_every_prefix_and_every_flipped_byte_is_read_or_refused() -> None:
     body, headers = tensors.binary({"inputs": [A, B]})
     length = int(headers["Inference-Header-Content-Length"])
     for end in range(len(body)):
-        with pytest.raises(Malformed):
+        with pytest.raises(BadRequest):
             read_binary(body[:end], min(length, end))
     for at in range(len(body)):
         for flip in (1, 0x80, 0xFF):
@@ -192,14 +192,14 @@ def test_every_prefix_and_every_flipped_byte_is_read_or_refused() -> None:
             changed[at] ^= flip
             try:
                 read_binary(bytes(changed), length)
-            except (Malformed, InputError):
+            except (BadRequest, InputError):
                 continue
 
 
 # Answers
 
 
-def answer(output: Any, contract: Contract = ROWS, **request: Any) -> dict[str, Any]:
+def answer(output: Any, contract: ModelSpec = ROWS, **request: Any) -> dict[str, Any]:
     asked = read({"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP64", "data": [1, 2]}], **request}, contract)
     return dict(json.loads(asked.write(output).body))
 
@@ -240,18 +240,18 @@ def test_outputs_with_names() -> None:
             {"name": "p", "datatype": "FP64", "shape": [2, 1], "data": [0.5, 1.0]},
             {"name": "q", "datatype": "BYTES", "shape": [2, 1], "data": ["x", "y"]},
         ]
-    named = Contract(ROWS.plan, NO_PARAMS, outputs=[{"type": "double", "name": "p"}, {"type": "double", "name": "q"}])
+    named = ModelSpec(ROWS.plan, NO_PARAMS, outputs=[{"type": "double", "name": "p"}, {"type": "double", "name": "q"}])
     told = answer(np.array([[1.0, 2.0], [3.0, 4.0]]), named)["outputs"]
     assert [(each["name"], each["shape"], each["data"]) for each in told] == [
         ("p", [2, 1], [1.0, 3.0]),
         ("q", [2, 1], [2.0, 4.0]),
     ]
-    one = Contract(ROWS.plan, NO_PARAMS, outputs=[{"type": "long", "name": "label"}])
+    one = ModelSpec(ROWS.plan, NO_PARAMS, outputs=[{"type": "long", "name": "label"}])
     assert answer(np.array([1]), one)["outputs"][0]["name"] == "label"
 
 
 def test_names_versions_and_ids() -> None:
-    contract = Contract(ROWS.plan, NO_PARAMS, name="iris", version="3")
+    contract = ModelSpec(ROWS.plan, NO_PARAMS, name="iris", version="3")
     assert answer(np.array([1]), contract, id="7")["id"] == "7"
     told = answer(np.array([1]), contract)
     assert (told["model_name"], told["model_version"], "id" in told) == ("iris", "3", False)
@@ -261,7 +261,7 @@ def test_only_the_outputs_asked_for() -> None:
     table = pd.DataFrame({"p": [0.5], "q": [1.5]})
     told = answer(table, outputs=[{"name": "q"}])
     assert [output["name"] for output in told["outputs"]] == ["q"]
-    with pytest.raises(Malformed, match="no output 'r': there is p, q"):
+    with pytest.raises(BadRequest, match="no output 'r': there is p, q"):
         answer(table, outputs=[{"name": "r"}])
 
 
@@ -296,14 +296,14 @@ def test_methods_are_asked_for_as_outputs_or_as_a_parameter() -> None:
         [output] = json.loads(request.write(np.array([[0.25, 0.75]])).body)["outputs"]
         assert output == {"name": "predict_proba", "datatype": "FP64", "shape": [1, 2], "data": [0.25, 0.75]}
     assert read({**base, "outputs": [{"name": "predict"}]}, METHODS).method == ""
-    with pytest.raises(Malformed, match="one of them at a time"):
+    with pytest.raises(BadRequest, match="one of them at a time"):
         read({**base, "outputs": [{"name": "predict"}, {"name": "predict_proba"}]}, METHODS)
     with pytest.raises(InputError, match="predict_method: one of predict, predict_proba"):
         read({**base, "parameters": {"predict_method": "fit"}}, METHODS)
 
 
 def test_what_has_no_form_as_a_tensor() -> None:
-    with pytest.raises(Unwritable):
+    with pytest.raises(EncodingError):
         answer([object()])
 
 
@@ -313,7 +313,7 @@ def test_metadata() -> None:
         {"type": "datetime", "name": "datetime"},
     ]
     outputs = [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 3]}}]
-    contract = Contract(plan_of(specs), NO_PARAMS, outputs=outputs, name="m", version="2")
+    contract = ModelSpec(compile_schema(specs), NO_PARAMS, outputs=outputs, name="m", version="2")
     told = json.loads(open_inference.model_metadata(contract, "sklearn").body)
     assert [tensor["datatype"] for tensor in told["inputs"]] == [
         *("BOOL", "INT32", "INT64", "FP32", "FP64", "BYTES", "BYTES"),
@@ -326,13 +326,13 @@ def test_metadata() -> None:
 def test_a_label_that_contradicts_the_method_is_refused() -> None:
     base = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP64", "data": [1, 2]}]}
     for method, label in (("predict", "predict_proba"), ("predict_proba", "predict")):
-        with pytest.raises(Malformed, match=f"output '{label}' is asked for, and '{method}' by predict_method"):
+        with pytest.raises(BadRequest, match=f"output '{label}' is asked for, and '{method}' by predict_method"):
             read({**base, "parameters": {"predict_method": method}, "outputs": [{"name": label}]}, METHODS)
 
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_without_a_signature_the_datatype_is_the_client_s(binary: bool) -> None:
-    nothing = Contract(plan_of(None), NO_PARAMS)
+    nothing = ModelSpec(compile_schema(None), NO_PARAMS)
 
     def rows(*inputs: Any) -> Any:
         if not binary:

@@ -23,11 +23,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from darwin_runtime.http.app import EXPECTED, Most
+from darwin_runtime.http.app import EXPECTED, RequestLimits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
-from darwin_runtime.protocols.base import Malformed, TooLarge
-from darwin_runtime.schema.tabular import Contract, ParamPlan, Rows, plan_of
+from darwin_runtime.protocols.base import BadRequest, TooLarge
+from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, Rows, compile_schema
 from tests.support.hostile import (
     CASES,
     CONTRACTS,
@@ -163,14 +163,14 @@ def shown(rows: Rows) -> list[list[Any]]:
     return [[None if isinstance(v, float) and math.isnan(v) else v for v in row] for row in zip(*found, strict=True)]
 
 
-def written(columns: list[dict[str, Any]], rows: list[list[Any]]) -> dict[str, Callable[[Contract], Rows]]:
+def written(columns: list[dict[str, Any]], rows: list[list[Any]]) -> dict[str, Callable[[ModelSpec], Rows]]:
     """The same rows in each of the ways to ask for them."""
     names = [column["name"] for column in columns]
     records = [dict(zip(names, row, strict=True)) for row in rows]
     shuffled = [dict(reversed(record.items())) for record in records]
     by_column = {name: [record[name] for record in records] for name in names}
 
-    def read(reader: Read, body: Any, headers: Any = None) -> Callable[[Contract], Rows]:
+    def read(reader: Read, body: Any, headers: Any = None) -> Callable[[ModelSpec], Rows]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return lambda contract: reader(data, headers or {}, contract).rows
 
@@ -188,7 +188,7 @@ def written(columns: list[dict[str, Any]], rows: list[list[Any]]) -> dict[str, C
             for c in columns
         ]
     }
-    ways: dict[str, Callable[[Contract], Rows]] = {
+    ways: dict[str, Callable[[ModelSpec], Rows]] = {
         "features": read(protocols.read_predict, {"features": records}),
         "records": read(protocols.read_invocations, {"dataframe_records": shuffled}),
         "split": read(protocols.read_invocations, {"dataframe_split": {"columns": names, "data": rows}}),
@@ -210,7 +210,7 @@ def written(columns: list[dict[str, Any]], rows: list[list[Any]]) -> dict[str, C
 @given(tables())
 def test_valid_rows_arrive_as_they_were_in_every_form(given: tuple[list[dict[str, Any]], list[list[Any]]]) -> None:
     columns, rows = given
-    contract = Contract(plan_of(columns), ParamPlan(None))
+    contract = ModelSpec(compile_schema(columns), ParamSchema(None))
     single = {column["name"] for column in columns if column["type"] == "float"}
     for way, read in written(columns, rows).items():
         values = [column["name"] for column in columns] + [value for row in rows for value in row]
@@ -232,7 +232,7 @@ def test_what_is_compressed_is_what_was_sent(given: tuple[list[dict[str, Any]], 
     body = json.dumps(given[1]).encode() * 10
     packs: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}
     for name, pack in packs.items():
-        assert protocols.decoded(pack(body), name.encode(), Most().body_bytes) == body
+        assert protocols.decoded(pack(body), name.encode(), RequestLimits().body_bytes) == body
 
 
 @bounded
@@ -250,7 +250,7 @@ def test_parquet_arrives_as_it_was(given: tuple[list[dict[str, Any]], list[list[
     )
     file = io.BytesIO()
     frame.to_parquet(file)
-    contract = Contract(plan_of(columns), ParamPlan(None))
+    contract = ModelSpec(compile_schema(columns), ParamSchema(None))
     found = shown(protocols.read_invocations(file.getvalue(), PARQUET, contract).rows)
     assert found == frame[names].to_numpy(dtype=object).tolist()
 
@@ -328,7 +328,7 @@ def test_memory_is_in_proportion_to_the_body(what: str) -> None:
     assert len(answer) < 10 * len(body) + 10**5
 
 
-def ask_and_word(read: Read, body: bytes, headers: Any, contract: Contract) -> bytes:
+def ask_and_word(read: Read, body: bytes, headers: Any, contract: ModelSpec) -> bytes:
     try:
         read(body, headers, contract)
     except EXPECTED as error:
@@ -341,7 +341,7 @@ def ask_and_word(read: Read, body: bytes, headers: Any, contract: Contract) -> b
 def test_what_is_decompressed_is_in_proportion(data: bytes, zeros: int, encoding: bytes) -> None:
     packed = (gzip.compress if encoding == b"gzip" else zlib.compress)(data + bytes(zeros), 9)
     try:
-        found = protocols.decoded(packed, encoding, Most().body_bytes)
+        found = protocols.decoded(packed, encoding, RequestLimits().body_bytes)
     except TooLarge:
         assert len(data) + zeros > protocols.INFLATION * len(packed)
     else:
@@ -365,7 +365,7 @@ def test_lengths_of_binary_data_have_to_be_true(values: list[bytes], size_off: i
     headers = {open_inference.LENGTH.lower().encode(): b"%d" % (len(head) + length_off)}
     try:
         rows = open_inference.read_infer(head + data, headers, CONTRACTS["one"]).rows
-    except Malformed:
+    except BadRequest:
         assert size_off or length_off or not all(map(_is_text, values))
     else:
         assert not size_off

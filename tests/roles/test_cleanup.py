@@ -354,7 +354,7 @@ def test_a_pod_that_comes_after_the_last_look_keeps_its_entry(cache: Cache, api:
         cache.lease("late", "/models", B)
         there = cache.which(B)
         assert there
-        assert cache.keep(B, there)
+        assert cache.veto_removals(B, there)
         [written] = writes()
         os.utime(cache.root / ".leases" / written.name, (0, 0))
         apiserver.ok(handler)
@@ -386,8 +386,8 @@ def test_an_entry_named_without_a_lease_comes_back(cache: Cache, api: ApiServer)
 def set_aside(cache: Cache, key: str) -> Path:
     """The entry in the trash, as a cleanup leaves it that was killed."""
     removal = cache.announce(key)
-    assert cache.carry_out(removal)
-    cache.withdraw(removal)
+    assert cache.commit(removal)
+    cache.cancel(removal)
     return removal.trash
 
 
@@ -404,7 +404,7 @@ def test_what_an_earlier_run_left_in_the_trash(cache: Cache, api: ApiServer) -> 
 
 def test_what_another_cleanup_has_announced_is_its_own(cache: Cache, api: ApiServer) -> None:
     publish(cache, B, 30)
-    cache.carry_out(cache.announce(B))
+    cache.commit(cache.announce(B))
     assert clean(cache.root, api).code == 0
     assert len(list((cache.root / ".trash").iterdir())) == 2
 

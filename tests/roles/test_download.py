@@ -21,7 +21,7 @@ from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage import output
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import Manifest
-from download import _Look
+from download import _EntryCheck
 from tests.conftest import ROOT, Finished, Tracking, clean_environ, free_port, run_role, wait_until
 from tests.support import prepared, proxy
 from tests.support.proxy import Proxy, proxying
@@ -550,7 +550,7 @@ def test_a_damaged_entry_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     monkeypatch.setattr(manifest_module, "digest", digest)
-    look = _Look(cache, key, "sha256")
+    look = _EntryCheck(cache, key, "sha256")
     assert not look()
     publish()
     (cache.model(key) / "MLmodel").write_text("flavours: ")

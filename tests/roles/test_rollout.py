@@ -24,7 +24,7 @@ import uvloop
 import yaml
 
 import darwin_serve
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.model import model
 from tests.conftest import ROOT, wait_until
@@ -202,7 +202,7 @@ def test_who_connects_as_the_port_closes_is_answered(serving_environment: None, 
     issued.private_key_pem.write_to_path(key)
     authority.configure_trust(trust)
     listener = darwin_serve.bind("127.0.0.1", 0)
-    service = Service(Limits())
+    service = Service(BatchLimits())
     service.use(model.load(model_path("iris")))
     files: dict[str, Any] = {"ssl_certfile": certificate, "ssl_keyfile": key} if tls else {}
     config = uvicorn.Config(make_app(service), http="httptools", lifespan="off", log_config=None, **files)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import requests
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model.self_test import example_rows, self_test
@@ -422,7 +422,7 @@ def test_unknown_paths(ours: Callable[[str], str]) -> None:
 
 
 def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
-    service = Service(Limits())
+    service = Service(BatchLimits())
     service.use(model_module.load(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for prefix in ("", "/models/iris"):
@@ -431,7 +431,7 @@ def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
 
 
 def test_not_ready_while_draining() -> None:
-    service = Service(Limits())
+    service = Service(BatchLimits())
     service.use(model_module.load(model_path("iris")))
     service.draining = True
     with in_thread(make_app(service)) as url:

@@ -13,12 +13,12 @@ import pytest
 
 from darwin_runtime.schema import datatypes, tabular
 from darwin_runtime.schema.datatypes import MAX_PROBLEMS, InputError, ParamsError, floats
-from darwin_runtime.schema.tabular import ParamPlan, Rows, plan_of, together
+from darwin_runtime.schema.tabular import ParamSchema, Rows, compile_schema, concat
 
 
 def one(kind: Any, *, required: bool = True) -> Any:
     spec = {"type": kind} if isinstance(kind, str) else kind
-    return plan_of([{**spec, "name": "c", "required": required}])
+    return compile_schema([{**spec, "name": "c", "required": required}])
 
 
 def columns(rows: Rows) -> Any:
@@ -107,7 +107,7 @@ def test_refused(kind: str, value: Any) -> None:
 
 
 def test_every_bad_cell_is_reported_and_only_those() -> None:
-    plan = plan_of([{"type": "long", "name": "a"}, {"type": "string", "name": "b"}])
+    plan = compile_schema([{"type": "long", "name": "a"}, {"type": "string", "name": "b"}])
     with pytest.raises(InputError) as caught:
         plan.records([{"a": 1.9, "b": "x"}, {"a": 2}, {"a": True, "b": 3}])
     assert [(p.row, p.field, p.error_type, p.actual) for p in caught.value.problems] == [
@@ -154,7 +154,7 @@ def test_an_optional_column_of_nulls_only_is_an_absent_one_where_the_type_has_no
 
 
 def test_an_optional_column_that_no_row_has_is_absent() -> None:
-    plan = plan_of([{"type": "double", "name": "a"}, {"type": "double", "name": "b", "required": False}])
+    plan = compile_schema([{"type": "double", "name": "a"}, {"type": "double", "name": "b", "required": False}])
     assert list(columns(plan.records([{"a": 1}, {"a": 2}]))) == ["a"]
     np.testing.assert_equal(columns(plan.records([{"a": 1}, {"a": 2, "b": 3}]))["b"], [math.nan, 3.0])
 
@@ -221,7 +221,7 @@ SAME_ROWS = [
 
 @pytest.mark.parametrize(("shape", "arguments"), SAME_ROWS)
 def test_every_shape_makes_the_same_table(shape: str, arguments: tuple[Any, ...]) -> None:
-    table = getattr(plan_of(AB), shape)(*arguments).for_model()
+    table = getattr(compile_schema(AB), shape)(*arguments).for_model()
     pd.testing.assert_frame_equal(table, pd.DataFrame({"a": [1, 2], "b": [0.5, 1.5]}))
 
 
@@ -265,7 +265,7 @@ BAD_SHAPES = [
 @pytest.mark.parametrize(("shape", "arguments", "says"), BAD_SHAPES)
 def test_bad_shapes(shape: str, arguments: tuple[Any, ...], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        getattr(plan_of(AB), shape)(*arguments)
+        getattr(compile_schema(AB), shape)(*arguments)
 
 
 def test_csv_cells_of_each_type() -> None:
@@ -278,7 +278,7 @@ def test_csv_cells_of_each_type() -> None:
         "True,1,-9223372036854775808,0.5,1e3,01,AA==,2024-01-01\n"
         "false,2,3.0,,nan,,AA==,\n"
     )
-    table = plan_of(specs).csv(text.encode()).for_model()
+    table = compile_schema(specs).csv(text.encode()).for_model()
     assert [str(dtype) for dtype in table.dtypes][:5] == ["bool", "int32", "int64", "float32", "float64"]
     assert table["string"][0] == "01"
     assert table["long"].tolist() == [-(2**63), 3]
@@ -293,7 +293,7 @@ def test_csv_cells_hold_json_for_nested_types() -> None:
 
 
 def test_models_with_type_hints_take_lists_not_tables() -> None:
-    plan = plan_of([{"type": "string"}], from_type_hint=True)
+    plan = compile_schema([{"type": "string"}], from_type_hint=True)
     assert plan.instances(["a", "b"]).value == ["a", "b"]
     assert plan.features("a").value == ["a"]
     tables: list[tuple[str, tuple[Any, ...]]] = [
@@ -305,7 +305,7 @@ def test_models_with_type_hints_take_lists_not_tables() -> None:
 
 
 def test_unnamed_columns_go_by_position() -> None:
-    plan = plan_of([{"type": "long"}, {"type": "string"}])
+    plan = compile_schema([{"type": "long"}, {"type": "string"}])
     for rows in (
         plan.split(None, [[1, "x"]]),
         plan.split(["p", "q", "r"], [[1, "x", None]]),
@@ -322,7 +322,7 @@ def test_unnamed_columns_go_by_position() -> None:
 
 
 def test_columns_named_by_numbers() -> None:
-    plan = plan_of([{"type": "long", "name": 0}, {"type": "double", "name": 1}])
+    plan = compile_schema([{"type": "long", "name": 0}, {"type": "double", "name": 1}])
     assert list(plan.split([1, 0], [[0.5, 3]]).for_model().columns) == [0, 1]
     assert plan.records([{"1": 0.5, "0": 3}]).value[0].tolist() == [3]
 
@@ -362,7 +362,7 @@ TENSORS = [
 
 @pytest.mark.parametrize(("shape", "spec", "value", "expected"), TENSORS)
 def test_tensors(shape: str, spec: dict[str, Any], value: Any, expected: Any) -> None:
-    array = getattr(plan_of([spec]), shape)(value).value
+    array = getattr(compile_schema([spec]), shape)(value).value
     assert array.dtype.kind == np.dtype(spec["tensor-spec"]["dtype"]).kind
     assert array.dtype.itemsize == np.dtype(spec["tensor-spec"]["dtype"]).itemsize or array.dtype.kind in "SU"
     np.testing.assert_equal(array.tolist(), expected)
@@ -390,11 +390,11 @@ BAD_TENSORS = [
 @pytest.mark.parametrize(("spec", "value", "says"), BAD_TENSORS)
 def test_bad_tensors(spec: dict[str, Any], value: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        plan_of([spec]).instances(value)
+        compile_schema([spec]).instances(value)
 
 
 def test_named_tensors_in_every_shape() -> None:
-    plan = plan_of([tensor("float32", -1, 2, 2, name="image"), tensor("int64", -1, 1, name="n")])
+    plan = compile_schema([tensor("float32", -1, 2, 2, name="image"), tensor("int64", -1, 1, name="n")])
     image, n = [[1, 2], [3, 4]], [7]
     for rows in (
         plan.instances([{"image": image, "n": n}]),
@@ -411,7 +411,7 @@ def test_named_tensors_in_every_shape() -> None:
 
 
 def test_without_a_signature_there_is_nothing_to_check() -> None:
-    plan = plan_of(None)
+    plan = compile_schema(None)
     assert plan.records([{"a": 1}]).for_model().to_dict("list") == {"a": [1]}
     assert plan.split(["a", "b"], [[1, "x"]]).for_model().to_dict("list") == {"a": [1], "b": ["x"]}
     assert plan.instances([[1, 2]]).value.tolist() == [[1, 2]]
@@ -438,7 +438,7 @@ def test_without_a_signature_there_is_nothing_to_check() -> None:
 )
 def test_without_a_signature_some_input_is_still_none(shape: str, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(InputError):
-        getattr(plan_of(None), shape)(*arguments)
+        getattr(compile_schema(None), shape)(*arguments)
 
 
 DECLARED: list[dict[str, Any]] = [
@@ -451,7 +451,7 @@ DECLARED: list[dict[str, Any]] = [
 
 
 def test_params() -> None:
-    plan = ParamPlan(DECLARED)
+    plan = ParamSchema(DECLARED)
     given = {"factor": 2, "count": 3.0, "since": "2024-01-31T12:00:00Z", "list": [1, 2], "object": {"a": 1}, "x": 1}
     parsed = plan.parse(given)
     assert parsed == {
@@ -462,20 +462,20 @@ def test_params() -> None:
         "object": {"a": 1},
     }
     assert [type(parsed[name]) for name in ("factor", "count")] == [float, int]
-    assert plan.parse(None) == plan.parse({}) == ParamPlan(None).parse(["anything"]) == {}
+    assert plan.parse(None) == plan.parse({}) == ParamSchema(None).parse(["anything"]) == {}
 
 
 def test_every_bad_param_is_reported() -> None:
     given = {"factor": "x", "count": 1.5, "since": 3, "list": [1, "y"], "object": {"a": True}}
     with pytest.raises(ParamsError) as caught:
-        ParamPlan(DECLARED).parse(given)
+        ParamSchema(DECLARED).parse(given)
     assert [problem.field for problem in caught.value.problems] == [
         *("params.factor", "params.count", "params.since", "params.list[1]", "params.object.a")
     ]
     with pytest.raises(ParamsError, match="object"):
-        ParamPlan(DECLARED).parse([1])
+        ParamSchema(DECLARED).parse([1])
     with pytest.raises(ParamsError, match="list"):
-        ParamPlan(DECLARED).parse({"list": 1})
+        ParamSchema(DECLARED).parse({"list": 1})
 
 
 @pytest.mark.parametrize("required", [True, False])
@@ -514,7 +514,7 @@ def test_many_names_of_which_one_comes_twice() -> None:
 
 @pytest.mark.parametrize("specs", [[{"type": "double", "name": "c"}], None])
 def test_a_table_s_index_reaches_the_model(specs: Any) -> None:
-    rows = plan_of(specs).split(["c"], [[1], [2]], ["x", "y"])
+    rows = compile_schema(specs).split(["c"], [[1], [2]], ["x", "y"])
     assert rows.for_model().index.tolist() == ["x", "y"]
 
 
@@ -522,17 +522,17 @@ def test_a_table_s_index_reaches_the_model(specs: Any) -> None:
 @pytest.mark.parametrize("specs", [[{"type": "double", "name": "c"}], None])
 def test_a_bad_index(specs: Any, index: Any) -> None:
     with pytest.raises(InputError, match="2 labels"):
-        plan_of(specs).split(["c"], [[1], [2]], index)
+        compile_schema(specs).split(["c"], [[1], [2]], index)
 
 
 def test_a_small_request_does_not_become_a_huge_table() -> None:
     with pytest.raises(InputError, match="same keys"):
-        plan_of(None).records([{f"k{row}": row} for row in range(5000)])
-    assert plan_of(None).records([{"a": 1}, {"b": 2}]).count == 2
+        compile_schema(None).records([{f"k{row}": row} for row in range(5000)])
+    assert compile_schema(None).records([{"a": 1}, {"b": 2}]).count == 2
 
 
 def test_where_a_bad_cell_is_is_told_in_a_tensor_of_strings() -> None:
-    plan = plan_of([{"type": "tensor", "tensor-spec": {"dtype": "str", "shape": [-1, 2]}}])
+    plan = compile_schema([{"type": "tensor", "tensor-spec": {"dtype": "str", "shape": [-1, 2]}}])
     with pytest.raises(InputError) as caught:
         plan.instances([["a", "b"], ["c", 4]])
     assert [(problem.row, problem.field) for problem in caught.value.problems] == [(1, "[1]")]
@@ -557,7 +557,7 @@ XY: list[tuple[str, tuple[Any, ...]]] = [
 def test_columns_of_one_type_make_a_matrix_in_one_go(
     shape: str, arguments: tuple[Any, ...], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of([{"type": kind, "name": "x"}, {"type": kind, "name": "y", "required": False}])
+    plan = compile_schema([{"type": kind, "name": "x"}, {"type": kind, "name": "y", "required": False}])
     monkeypatch.setattr(tabular, "parse_column", None)
     monkeypatch.setattr(tabular, "_read_csv", None)
     rows = getattr(plan, shape)(*arguments)
@@ -571,7 +571,7 @@ def test_columns_of_one_type_make_a_matrix_in_one_go(
 def test_the_columns_of_a_matrix_are_called_as_those_of_a_table(names: list[Any]) -> None:
     specs = [{"type": "long"} if name is None else {"type": "long", "name": name} for name in names]
     expected = pd.DataFrame({index if name is None else name: [1] for index, name in enumerate(names)})
-    found = plan_of(specs).split(None, [[1, 1]]).for_model()
+    found = compile_schema(specs).split(None, [[1, 1]]).for_model()
     pd.testing.assert_frame_equal(found, expected, check_column_type=True)
 
 
@@ -581,7 +581,7 @@ def outcome(plan: Any, shape: str, arguments: tuple[Any, ...]) -> Any:
     except InputError as error:
         return str(error), error.total
     cells = {name: (array.dtype, repr(array.tolist())) for name, array in columns(rows).items()}
-    return cells, rows.count, rows.doubtful, rows.complete, rows.index, rows.kind
+    return cells, rows.count, rows.unvalidated, rows.complete, rows.index, rows.batch_key
 
 
 ODD: list[Any] = [
@@ -665,7 +665,7 @@ def test_all_at_once_is_as_cell_by_cell(some_request: Any, monkeypatch: pytest.M
     accepted = 0
     for _ in range(5000):
         specs = some_signature(rng)
-        plan, (shape, arguments) = plan_of(specs), some_request(rng, specs)
+        plan, (shape, arguments) = compile_schema(specs), some_request(rng, specs)
         with monkeypatch.context() as patch:
             patch.setattr(datatypes, "_MANY", 1)
             found = outcome(plan, shape, arguments)
@@ -739,7 +739,7 @@ def test_a_negative_zero_stays_one_however_it_is_written() -> None:
 
 
 def test_a_name_given_twice_is_refused_even_if_the_signature_has_it_twice() -> None:
-    plan = plan_of([{"type": "long", "name": 0}, {"type": "long", "name": "0"}])
+    plan = compile_schema([{"type": "long", "name": 0}, {"type": "long", "name": "0"}])
     with pytest.raises(InputError, match="more than once"):
         plan.split(["0", "0"], [[1, 1]])
 
@@ -747,7 +747,7 @@ def test_a_name_given_twice_is_refused_even_if_the_signature_has_it_twice() -> N
 def test_rows_of_numbers_are_a_matrix() -> None:
     def matrix(*kinds: str, required: bool = True, row: dict[str, Any]) -> Any:
         specs = [{"type": kind, "name": f"c{index}", "required": required} for index, kind in enumerate(kinds)]
-        return plan_of(specs).records([row, row]).matrix()
+        return compile_schema(specs).records([row, row]).matrix()
 
     assert matrix("long", "long", row={"c1": 2, "c0": 1}).tolist() == [[1, 2], [1, 2]]
     mixed = matrix("integer", "float", "long", row={"c0": 1, "c1": None, "c2": 2**60})
@@ -763,14 +763,14 @@ def test_rows_of_numbers_are_a_matrix() -> None:
 @pytest.mark.parametrize("kinds", [*itertools.product(TYPES, repeat=2)])
 def test_the_matrix_of_columns_is_pandas_own(kinds: tuple[str, str]) -> None:
     specs = [{"type": kind, "name": name} for name, kind in zip("ab", kinds, strict=True)]
-    rows = plan_of(specs).instances([[1, 2], [3, 4]])
+    rows = compile_schema(specs).instances([[1, 2], [3, 4]])
     array: Any = rows.matrix()
     expected = rows.for_model().to_numpy()
     assert (array.dtype, array.tolist()) == (expected.dtype, expected.tolist())
 
 
 def test_a_tensor_of_numbers_is_a_matrix_if_it_has_two_axes() -> None:
-    array: Any = plan_of([tensor("uint8", -1, 2)]).instances([[1, 2]]).matrix()
+    array: Any = compile_schema([tensor("uint8", -1, 2)]).instances([[1, 2]]).matrix()
     assert (array.dtype, array.tolist()) == (np.uint8, [[1, 2]])
     for spec, value in (
         (tensor("float64", -1), [1]),
@@ -779,9 +779,9 @@ def test_a_tensor_of_numbers_is_a_matrix_if_it_has_two_axes() -> None:
         (tensor("str", -1, 1), [["a"]]),
         (tensor("float64", -1, 1, name="x"), [[1]]),
     ):
-        assert plan_of([spec]).instances(value).matrix() is None
-    assert plan_of(None).records([{"a": 1}]).matrix() is None
-    assert plan_of([{"type": "long"}], from_type_hint=True).instances([1]).matrix() is None
+        assert compile_schema([spec]).instances(value).matrix() is None
+    assert compile_schema(None).records([{"a": 1}]).matrix() is None
+    assert compile_schema([{"type": "long"}], from_type_hint=True).instances([1]).matrix() is None
 
 
 FLAG: dict[str, Any] = {"type": "boolean", "name": "f", "required": False}
@@ -802,15 +802,15 @@ ALIKE = [
 
 @pytest.mark.parametrize(("specs", "parts"), [(specs, parts) for specs, *parts in ALIKE])
 def test_rows_alike_go_together_and_no_row_sees_it(specs: list[dict[str, Any]], parts: list[Any]) -> None:
-    plan = plan_of(specs)
+    plan = compile_schema(specs)
     rows = [plan.features(part) for part in parts]
-    assert len({part.kind for part in rows}) == 1
-    assert None not in {part.kind for part in rows}
-    batch = together(rows)
-    assert (batch.count, batch.kind, batch.doubtful) == (
+    assert len({part.batch_key for part in rows}) == 1
+    assert None not in {part.batch_key for part in rows}
+    batch = concat(rows)
+    assert (batch.count, batch.batch_key, batch.unvalidated) == (
         sum(part.count for part in rows),
-        rows[0].kind,
-        any(part.doubtful for part in rows),
+        rows[0].batch_key,
+        any(part.unvalidated for part in rows),
     )
     start = 0
     for part in rows:
@@ -838,37 +838,39 @@ UNLIKE: list[tuple[list[dict[str, Any]], Any, Any]] = [
 
 @pytest.mark.parametrize(("specs", "one", "other"), UNLIKE)
 def test_rows_unlike_are_of_different_kinds(specs: list[dict[str, Any]], one: Any, other: Any) -> None:
-    plan = plan_of(specs)
-    kinds = [plan.features(rows).kind for rows in (one, other)]
+    plan = compile_schema(specs)
+    kinds = [plan.features(rows).batch_key for rows in (one, other)]
     assert kinds[0] != kinds[1]
     assert None not in kinds
 
 
 def test_plans_of_other_signatures_make_other_kinds() -> None:
     specs = [{"type": kind, "name": name} for kind in ("long", "double") for name in "ab"]
-    assert len({plan_of([spec]).instances([1]).kind for spec in specs}) == 4
+    assert len({compile_schema([spec]).instances([1]).batch_key for spec in specs}) == 4
 
 
 def test_some_rows_stay_alone() -> None:
-    ab = plan_of([{"type": "double", "name": "a"}])
-    named = plan_of([tensor("float32", -1, name="x"), tensor("float32", -1, name="y")])
+    ab = compile_schema([{"type": "double", "name": "a"}])
+    named = compile_schema([tensor("float32", -1, name="x"), tensor("float32", -1, name="y")])
     alone = [
         ab.split(["a"], [[1]], [7]),
-        plan_of(AB).split(["a"], [[1]], [7]),
-        plan_of(None).records([{"a": 1}]),
-        plan_of(None).instances([[1]]),
-        plan_of([{"type": "long"}], from_type_hint=True).instances([1]),
-        plan_of([tensor("float32", 2)]).instances([1, 2]),
-        plan_of([tensor("float32")]).instances(1),
-        plan_of([tensor("float32", -1, name="x"), tensor("float32", 1, name="y")]).instances({"x": [1], "y": [1]}),
+        compile_schema(AB).split(["a"], [[1]], [7]),
+        compile_schema(None).records([{"a": 1}]),
+        compile_schema(None).instances([[1]]),
+        compile_schema([{"type": "long"}], from_type_hint=True).instances([1]),
+        compile_schema([tensor("float32", 2)]).instances([1, 2]),
+        compile_schema([tensor("float32")]).instances(1),
+        compile_schema([tensor("float32", -1, name="x"), tensor("float32", 1, name="y")]).instances(
+            {"x": [1], "y": [1]}
+        ),
         named.instances({"x": [1, 2], "y": [1]}),
     ]
-    assert [rows.kind for rows in alone] == [None] * len(alone)
-    assert named.instances({"x": [1, 2], "y": [1, 2]}).kind is not None
+    assert [rows.batch_key for rows in alone] == [None] * len(alone)
+    assert named.instances({"x": [1, 2], "y": [1, 2]}).batch_key is not None
 
 
 def test_no_more_problems_are_looked_for_than_anybody_reads() -> None:
-    plan = plan_of([{"type": "double", "name": name} for name in "abcd"])
+    plan = compile_schema([{"type": "double", "name": name} for name in "abcd"])
     rows: list[Any] = [{}]
     for row in (rows, [{"a": "x"}]):
         with pytest.raises(InputError) as caught:

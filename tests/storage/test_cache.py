@@ -12,7 +12,7 @@ import pytest
 from darwin_runtime.logs import RoleError
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk
-from darwin_runtime.storage.cache import Cache, Holder, Lock, NotACache
+from darwin_runtime.storage.cache import Cache, Lock, LockState, NotACache
 from darwin_runtime.storage.manifest import File, Manifest
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -92,8 +92,8 @@ def test_what_may_not_be_looked_at_is_not_damaged(cache: Cache, monkeypatch: pyt
 def set_aside(cache: Cache, key: str) -> Path:
     """The entry in the trash, as a cleanup leaves it."""
     removal = cache.announce(key)
-    assert cache.carry_out(removal)
-    cache.withdraw(removal)
+    assert cache.commit(removal)
+    cache.cancel(removal)
     return removal.trash
 
 
@@ -157,10 +157,10 @@ def found(cache: Cache, key: str) -> tuple[int, int]:
 def test_an_entry_that_is_kept_is_not_removed(cache: Cache) -> None:
     publish(cache, KEY)
     removal = cache.announce(KEY)
-    assert cache.keep(KEY, found(cache, KEY))
-    assert not cache.carry_out(removal)
+    assert cache.veto_removals(KEY, found(cache, KEY))
+    assert not cache.commit(removal)
     assert cache.damage(KEY) == []
-    cache.withdraw(removal)
+    cache.cancel(removal)
     assert not list((cache.root / ".trash").iterdir())
 
 
@@ -168,8 +168,8 @@ def test_keeping_another_entry_vetoes_nothing(cache: Cache) -> None:
     publish(cache, KEY)
     removal = cache.announce(KEY)
     publish(cache, OTHER)
-    assert cache.keep(OTHER, found(cache, OTHER))
-    assert cache.carry_out(removal)
+    assert cache.veto_removals(OTHER, found(cache, OTHER))
+    assert cache.commit(removal)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -177,29 +177,29 @@ def test_who_comes_too_late_to_keep_an_entry_is_told(again: bool, cache: Cache) 
     publish(cache, KEY)
     there = found(cache, KEY)
     removal = cache.announce(KEY)
-    assert cache.carry_out(removal)
+    assert cache.commit(removal)
     if again:
         publish(cache, KEY)
-    assert not cache.keep(KEY, there)
+    assert not cache.veto_removals(KEY, there)
     assert (removal.trash / "manifest.json").exists()
-    cache.withdraw(removal)
+    cache.cancel(removal)
     assert [path.name for path in (cache.root / ".trash").iterdir()] == [removal.trash.name]
 
 
 def test_an_announced_entry_s_trash_is_its_announcer_s(cache: Cache) -> None:
     publish(cache, KEY)
     removal = cache.announce(KEY)
-    cache.carry_out(removal)
+    cache.commit(removal)
     assert cache.trash() == []
-    cache.withdraw(removal)
+    cache.cancel(removal)
     assert [key for _, key in cache.trash()] == [KEY]
 
 
 def test_a_withdrawn_announcement_removes_nothing(cache: Cache) -> None:
     publish(cache, KEY)
     removal = cache.announce(KEY)
-    cache.withdraw(removal)
-    assert not cache.carry_out(removal)
+    cache.cancel(removal)
+    assert not cache.commit(removal)
     assert cache.has(KEY)
 
 
@@ -211,7 +211,7 @@ def test_one_of_several_gets_the_lock(cache: Cache) -> None:
     assert isinstance(lock, Lock)
     lock.beat(3, 10)
     holder = cache.try_lock(KEY, "two")
-    assert isinstance(holder, Holder)
+    assert isinstance(holder, LockState)
     assert (holder.owner, holder.arrived, holder.total, holder.alive) == ("one", 3, 10, True)
     lock.release(done=True)
     assert isinstance(cache.try_lock(KEY, "two"), Lock)
@@ -242,13 +242,13 @@ def test_who_has_lost_the_lock_does_not_release_it(cache: Cache) -> None:
     os.utime(cache.root / ".locks" / KEY, (0, 0))
     assert isinstance(cache.try_lock(KEY, "two"), Lock)
     lock.release(done=True)
-    assert isinstance(cache.try_lock(KEY, "three"), Holder)
+    assert isinstance(cache.try_lock(KEY, "three"), LockState)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"owner": 1}'])
 def test_a_lock_that_is_being_written_is_held(text: str, cache: Cache) -> None:
     (cache.root / ".locks" / KEY).write_text(text)
-    assert isinstance(cache.try_lock(KEY, "two"), Holder)
+    assert isinstance(cache.try_lock(KEY, "two"), LockState)
 
 
 def test_only_the_key_s_own_staging_is_inherited(cache: Cache) -> None:
@@ -393,7 +393,7 @@ def test_trash_and_back(cache: Cache) -> None:
     assert not cache.has(KEY)
     assert [key for _, key in cache.trash()] == [KEY]
     assert KEY in cache.names(), "still asked for by that name"
-    assert not cache.carry_out(cache.announce(KEY))
+    assert not cache.commit(cache.announce(KEY))
     assert cache.restore(trash, KEY)
     assert cache.damage(KEY) == []
     assert not cache.restore(trash, KEY), "another cleanup was first"

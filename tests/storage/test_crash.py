@@ -178,8 +178,8 @@ def filled(place: Path) -> Cache:
         cache.publish(staging, key, Manifest(f"models:/{key[0]}/1", {}, files))
         os.utime(cache.root / key / "last_used", (0, 0))
     removal = cache.announce(OTHER)
-    cache.carry_out(removal)
-    cache.withdraw(removal)
+    cache.commit(removal)
+    cache.cancel(removal)
     cache.lease("web", "/models", LEASED)
     cache.lease("gone", "/models", FREE)
     for path in (cache.root / ".leases").iterdir():

@@ -332,7 +332,7 @@ def test_nothing_planted_hangs_a_role_or_leads_it_astray(
 def test_whatever_is_in_a_lock_or_a_ref_is_survived(text: bytes, cache: Cache) -> None:
     (cache.root / ".locks" / KEY).write_bytes(text)
     holder = cache.try_lock(KEY, "me")
-    assert isinstance(holder, cache_module.Holder)
+    assert isinstance(holder, cache_module.LockState)
     assert holder.owner.isprintable()
     assert len(holder.owner) <= 500
     import download
@@ -444,7 +444,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(how: str, tmp_path: Path, 
         file.write_bytes(bytes(3 << 20))
         with monkeypatch.context() as patch:
             patch.setattr(disk, "open_regular", change(file, how))
-            with pytest.raises(disk.Changed, match="changed while it was read"):
+            with pytest.raises(disk.FileChanged, match="changed while it was read"):
                 read(file)
 
 

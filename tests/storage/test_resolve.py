@@ -14,7 +14,7 @@ import pytest
 from darwin_runtime.logs import RoleError
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import resolve
-from darwin_runtime.storage.resolve import RemoteFile, Retry, Source, Unreachable
+from darwin_runtime.storage.resolve import RemoteFile, Retry, Source, StoreUnreachable
 from tests.conftest import free_port, http_server
 from tests.support.apiserver import ApiServer
 
@@ -63,7 +63,7 @@ def test_statuses(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
         with pytest.raises(RoleError) as caught:
             resolve.resolve(uri)
-    assert isinstance(caught.value, Unreachable) is passing, caught.value
+    assert isinstance(caught.value, StoreUnreachable) is passing, caught.value
     assert uri in str(caught.value)
 
 
@@ -71,7 +71,7 @@ def test_statuses(
 def test_a_gateway_s_own_statuses(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(status, *HTML) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-        with pytest.raises(Unreachable):
+        with pytest.raises(StoreUnreachable):
             resolve.resolve("models:/m/1")
 
 
@@ -93,7 +93,7 @@ def test_s3_says_no(code: str, word: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-key-of-some-length")
         with pytest.raises(RoleError, match=word) as caught:
             resolve.resolve("s3://bucket/model")
-    assert not isinstance(caught.value, Unreachable)
+    assert not isinstance(caught.value, StoreUnreachable)
 
 
 def test_s3_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +101,14 @@ def test_s3_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-key-of-some-length")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(Unreachable):
+    with pytest.raises(StoreUnreachable):
         resolve.resolve("s3://bucket/other-model")
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(Unreachable, match=f"{uri} .*Connection refused"):
+    with pytest.raises(StoreUnreachable, match=f"{uri} .*Connection refused"):
         resolve.resolve("models:/m/1")
 
 
@@ -117,7 +117,7 @@ def test_an_untrusted_certificate_is_no_passing_failure(tmp_path: Path, monkeypa
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
         with pytest.raises(RoleError, match="REQUESTS_CA_BUNDLE") as caught:
             resolve.resolve("models:/m/1")
-    assert not isinstance(caught.value, Unreachable)
+    assert not isinstance(caught.value, StoreUnreachable)
 
 
 def test_a_refused_host_name_is_told_from_a_missing_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_a_bad_knob_of_mlflow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(RoleError, match="MLFLOW_HTTP_REQUEST_MAX_RETRIES") as caught:
         resolve.resolve("models:/m/1")
-    assert not isinstance(caught.value, Unreachable)
+    assert not isinstance(caught.value, StoreUnreachable)
 
 
 @dataclass

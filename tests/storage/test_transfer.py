@@ -23,7 +23,7 @@ import urllib3
 from darwin_runtime.logs import RoleError
 from darwin_runtime.storage import resolve
 from darwin_runtime.storage import transfer as transfer_module
-from darwin_runtime.storage.resolve import Damaged, RemoteFile, Retry, Source, Unreachable
+from darwin_runtime.storage.resolve import DamagedDownload, RemoteFile, Retry, Source, StoreUnreachable
 from darwin_runtime.storage.transfer import Deadline, Transfer
 from tests.conftest import http_server, wait_until
 
@@ -128,7 +128,9 @@ def test_a_registered_model_s_own_meta_file_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [3, 5])
 def test_what_is_not_as_long_as_listed_is_not_taken(size: int, tmp_path: Path) -> None:
     source = source_of({"MLmodel": 4}, lambda _, local: Path(local).write_bytes(b"x" * size))
-    with pytest.raises(Damaged, match=f"MLmodel of models:/m/2 arrived with {size} bytes instead of the 4 listed"):
+    with pytest.raises(
+        DamagedDownload, match=f"MLmodel of models:/m/2 arrived with {size} bytes instead of the 4 listed"
+    ):
         transfer(source, tmp_path, retries=1).run()
     assert list((tmp_path / "model").iterdir()) == []
 
@@ -358,7 +360,7 @@ def test_without_a_strong_validator_it_begins_anew(etag: str, tmp_path: Path) ->
 
 def test_another_run_goes_on_and_never_writes_to_the_same_file(tmp_path: Path) -> None:
     with serving(cut(HALF)) as served:
-        with pytest.raises(Unreachable):
+        with pytest.raises(StoreUnreachable):
             brought(served, tmp_path, retries=0)
         [part] = (tmp_path / "parts").iterdir()
         with part.open("ab") as zombie:  # of a pod that is not dead after all
@@ -372,7 +374,7 @@ def test_another_run_goes_on_and_never_writes_to_the_same_file(tmp_path: Path) -
 def left_by_another_run(directory: Path, *answers: Answer, size: int = HALF) -> Iterator[tuple[Served, Path]]:
     """A server that gives the start of the file and then `answers`, and that start, on disk."""
     with serving(cut(size), *answers) as served:
-        with pytest.raises(Unreachable):
+        with pytest.raises(StoreUnreachable):
             brought(served, directory, retries=0)
         [part] = (directory / "parts").iterdir()
         assert part.name.endswith(f".{size}")
@@ -479,7 +481,7 @@ def test_a_rest_is_not_taken_without_the_checksum_that_was_told_of_the_whole(
 def test_always_flipped_is_never_taken(tmp_path: Path) -> None:
     with serving(*[flipped] * 3) as served:
         served.headers = CHECKSUMS[0]
-        with pytest.raises(Damaged, match="checksum"):
+        with pytest.raises(DamagedDownload, match="checksum"):
             brought(served, tmp_path, retries=2)
     assert list((tmp_path / "model").iterdir()) == []
 
@@ -558,6 +560,6 @@ def test_a_store_that_trickles_has_stalled(tmp_path: Path, monkeypatch: pytest.M
             handler.wfile.write(b"x")
 
     with serving(trickling) as served:
-        with pytest.raises(Unreachable, match="MLmodel of models:/m/2 has stalled"):
+        with pytest.raises(StoreUnreachable, match="MLmodel of models:/m/2 has stalled"):
             brought(served, tmp_path, retries=0)
         ended.set()

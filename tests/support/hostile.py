@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from darwin_runtime.engine.batching import Request
-from darwin_runtime.http.app import EXPECTED, Most
+from darwin_runtime.engine.batching import PredictionRequest
+from darwin_runtime.http.app import EXPECTED, RequestLimits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import feature_store, open_inference
 from darwin_runtime.protocols.base import Headers
-from darwin_runtime.protocols.encoding import Unwritable
-from darwin_runtime.schema.tabular import Contract, ParamPlan, plan_of
+from darwin_runtime.protocols.encoding import EncodingError
+from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
 from tests.support.tensors import binary
 
 Spec = dict[str, Any]
@@ -71,10 +71,10 @@ class Case(NamedTuple):
     hinted: bool = False
 
     @property
-    def contract(self) -> Contract:
-        plan = plan_of(self.inputs, from_type_hint=self.hinted)
+    def contract(self) -> ModelSpec:
+        plan = compile_schema(self.inputs, from_type_hint=self.hinted)
         methods = ("predict", "predict_proba")
-        return Contract(plan, ParamPlan(PARAMS), _columns("double"), methods=methods, streams=self.inputs is None)
+        return ModelSpec(plan, ParamSchema(PARAMS), _columns("double"), methods=methods, streams=self.inputs is None)
 
 
 CASES = {
@@ -133,24 +133,24 @@ def table(name: str) -> bytes:
     return text.getvalue().encode()
 
 
-def answered(request: Request) -> None:
+def answered(request: PredictionRequest) -> None:
     """Do with `request` what is done with each: show it to a model, put it with others, write an answer to it."""
     rows = request.rows
     assert rows.count >= 1
     rows.for_model()
     rows.matrix()
-    hash(rows.kind)
+    hash(rows.batch_key)
     repr(sorted(request.params.items()))
     try:
         request.write(np.zeros((rows.count, 2)) if request.method else np.zeros(rows.count))
-    except Unwritable as error:
+    except EncodingError as error:
         raise AssertionError("zeros can be written") from error
 
 
-Read = Callable[[bytes, Headers, Contract], Request]
+Read = Callable[[bytes, Headers, ModelSpec], PredictionRequest]
 
 
-def ask(read: Read, body: bytes, headers: Headers, contract: Contract) -> Request | None:
+def ask(read: Read, body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest | None:
     """What `read` makes of it, used as it will be; None if that raised one of the exceptions that are expected."""
     try:
         request = read(body, headers, contract)
@@ -160,7 +160,7 @@ def ask(read: Read, body: bytes, headers: Headers, contract: Contract) -> Reques
     return request
 
 
-def _contract(choice: int) -> Contract:
+def _contract(choice: int) -> ModelSpec:
     return CONTRACTS[NAMES[choice % len(NAMES)]]
 
 
@@ -178,7 +178,7 @@ def _binary(data: bytes) -> None:
 def _encoded(data: bytes) -> None:
     try:
         encoding = (b"gzip", b"deflate", b"x-gzip ", b"br")[data[0] % 4] if data else b""
-        body = protocols.decoded(data[1:], encoding, Most().body_bytes)
+        body = protocols.decoded(data[1:], encoding, RequestLimits().body_bytes)
     except EXPECTED:
         return
     assert len(body) <= protocols.INFLATION * len(data) + 1024 * 1024

@@ -17,7 +17,7 @@ from typing import Any
 import requests
 import uvicorn
 
-from darwin_runtime.engine.batching import Limits
+from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.model import model
 from tests.conftest import ROOT, clean_environ, wait_until
@@ -111,9 +111,9 @@ def serving(
 
 
 @contextlib.contextmanager
-def switching(limits: Limits | None = None, **options: Any) -> Iterator[Callable[[str], str]]:
+def switching(limits: BatchLimits | None = None, **options: Any) -> Iterator[Callable[[str], str]]:
     """Our application in this process: call what is yielded with the model it is to answer with, for its URL."""
-    service = Service(limits or Limits(), **options)
+    service = Service(limits or BatchLimits(), **options)
     models: dict[str, model.Model] = {}
     with in_thread(make_app(service)) as url:
 
