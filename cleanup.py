@@ -31,11 +31,12 @@ from typing import Any
 
 import k8s_client
 from darwin_runtime import cleanup_report as cleanup_report_module
-from darwin_runtime.logs import Redactor, RoleError, format_bytes, log_settings, run_role
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.errors import ApiError, ConfigError, NotACache, NotInCluster, RoleError
+from darwin_runtime.logs import Redactor, format_bytes, log_settings, run_role
+from darwin_runtime.settings import Reader
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk
-from darwin_runtime.storage.cache import KEY, Cache, Entry, Lease, NotACache, Removal
+from darwin_runtime.storage.cache import KEY, Cache, Entry, Lease, Removal
 
 DAY = 86400.0
 GIB = 1024**3
@@ -267,13 +268,13 @@ class Look:
             self.listed = self.cache.now() - CLOCK_GRAIN_SECONDS
             self.pods = self.client.list_pods(self.settings.namespace)
             self.leases = self.cache.leases()
-        except k8s_client.ApiError as error:
+        except ApiError as error:
             namespace = self.settings.namespace
             role = f"; the Role to add:\n{ROLE_TO_ADD.format(namespace=namespace)}" if error.code == 403 else ""
             raise RoleError(
                 f"cannot list the pods of namespace {namespace}, so nothing is removed: {error}{role}"
             ) from error
-        except (k8s_client.NotInCluster, ValueError) as error:
+        except (NotInCluster, ValueError) as error:
             raise RoleError(f"cannot tell what is in use, so nothing is removed: {error}") from error
         except OSError as error:
             why = f"{self.cache.root}: {disk.explain(error)}"
@@ -335,7 +336,7 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
     try:
         home = k8s_client.namespace(service_account)
         client = k8s_client.Client.in_cluster(environ, service_account)
-    except k8s_client.NotInCluster as error:
+    except NotInCluster as error:
         raise RoleError(f"cannot list pods, so nothing is removed: {error}") from error
     settings = replace(settings, namespace=settings.namespace or home)
     with client:

@@ -68,12 +68,13 @@ import uvicorn
 
 from darwin_runtime import allocator
 from darwin_runtime.engine import workers as workers_module
+from darwin_runtime.errors import RoleError
 from darwin_runtime.http import auth, cors
 from darwin_runtime.http import tls as tls_module
 from darwin_runtime.http.acceptor import Acceptor
 from darwin_runtime.http.connections import ConnectionLimiter, ConnectionLimits
 from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics
-from darwin_runtime.logs import Redactor, RoleError, log_settings, run_role
+from darwin_runtime.logs import Redactor, log_settings, run_role
 from darwin_runtime.resources import cpu_limit, default_workers, share_cpus
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import digest, manifest, resolve, transfer

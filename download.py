@@ -25,17 +25,18 @@ from pathlib import Path
 
 import k8s_client
 from darwin_runtime import mlflow_import
-from darwin_runtime.logs import Redactor, RoleError, format_bytes, leave, log_settings, mask_uri, run_role
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.errors import ConfigError, NotACache, RoleError, StoreUnreachable
+from darwin_runtime.logs import Redactor, format_bytes, leave, log_settings, mask_uri, run_role
+from darwin_runtime.settings import Reader
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import digest, disk
 from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage import output as output_module
 from darwin_runtime.storage import resolve as resolve_module
 from darwin_runtime.storage import transfer as transfer_module
-from darwin_runtime.storage.cache import Cache, Lock, LockState, NotACache
+from darwin_runtime.storage.cache import Cache, Lock, LockState
 from darwin_runtime.storage.manifest import Manifest, summary
-from darwin_runtime.storage.resolve import Retry, Source, StoreUnreachable
+from darwin_runtime.storage.resolve import Retry, Source
 from darwin_runtime.storage.transfer import Deadline, Transfer
 
 # How often a pod looks whether another has finished the download, and how often it says that it waits.

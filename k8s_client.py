@@ -21,6 +21,8 @@ from urllib.parse import quote
 import requests
 from requests.adapters import HTTPAdapter
 
+from darwin_runtime.errors import ApiError, NotInCluster
+
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 # How often a list that expired on the way (410) is begun again.
@@ -29,38 +31,9 @@ RESTARTS = 3
 # Seconds. The longest pause we choose ourselves, and the shortest even if the server asks for none.
 LONGEST_PAUSE, SHORTEST_PAUSE = 10.0, 0.1
 
-_ADVICE = {
-    401: "the service account's token was refused, also after reading it again: does the service account still exist?",
-    403: "give the pod's service account a Role with the verb list on pods in that namespace, and a RoleBinding",
-}
-
 _POD = re.compile(r"/pods/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/")
 
 logger = logging.getLogger("darwin.k8s")
-
-
-class NotInCluster(Exception):
-    """What Kubernetes gives every container is missing, empty or unreadable. The message names it and what to do."""
-
-
-class ApiError(Exception):
-    """The API server refused, answered something else than pods, or did not answer.
-
-    `code` is the HTTP status, 0 where there was no answer. `reason`, `message` and `details` are the Status object's
-    where the server sent one; without one `reason` is the status line's or the exception's name.
-    """
-
-    def __init__(self, code: int, reason: str, message: str, details: dict[str, Any] | None = None) -> None:
-        super().__init__(code, reason, message, details)
-        self.code = code
-        self.reason = reason
-        self.message = message
-        self.details = details or {}
-
-    def __str__(self) -> str:
-        what = f"{self.code} {self.reason}" if self.code else f"no answer, {self.reason}"
-        advice = f" ({_ADVICE[self.code]})" if self.code in _ADVICE else ""
-        return f"Kubernetes API: {what}: {self.message}{advice}"
 
 
 def pod_uid(mountinfo: Path = Path("/proc/self/mountinfo")) -> str:

@@ -17,8 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from darwin_runtime.errors import NotACache
 from darwin_runtime.logs import format_bytes
-from darwin_runtime.storage.cache import Cache, NotACache
+from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import VERIFY
 
 DAY = 86400.0

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.errors import ConfigError, RoleError
+from darwin_runtime.settings import Reader
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 
@@ -55,10 +56,6 @@ _MASK = "***"
 LONGEST = 64 * 1024
 
 logger = logging.getLogger("darwin")
-
-
-class RoleError(Exception):
-    """An anticipated failure. The message says what happened, to what, and what to do; retrying the role may help."""
 
 
 def mask_uri(text: str) -> str:

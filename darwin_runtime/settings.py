@@ -8,16 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from darwin_runtime.errors import ConfigError
+
 TRUE = ("true", "1", "yes")
 FALSE = ("false", "0", "no")
-
-
-class ConfigError(Exception):
-    """One or more settings are missing or unreadable. `problems` has a sentence for each."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("bad configuration: " + "; ".join(problems))
 
 
 @dataclass

@@ -31,7 +31,7 @@ import yaml  # noqa: F401 - or who is stopped while importing it stops all other
 
 import cleanup
 import download
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk, transfer

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pandas as pd
 
+from darwin_runtime.errors import ClientDisconnected, DeadlineExceeded, Overloaded
 from darwin_runtime.schema.tabular import Rows, concat
 
 T = TypeVar("T")
@@ -48,22 +49,6 @@ FADING = 7 / 8
 SUSPECT_SECONDS = 0.25
 
 logger = logging.getLogger("darwin.batching")
-
-
-class DeadlineExceeded(Exception):
-    """The model did not answer in time."""
-
-
-class ClientDisconnected(Exception):
-    """Nobody waits for the answer any more."""
-
-
-class Overloaded(Exception):
-    """More waits than may wait. `retry_after` is when to come back, in seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"too many requests are waiting: try again in {retry_after} s")
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Generic, NoReturn, Protocol, TypeVar
 
 from darwin_runtime import allocator
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 
 T = TypeVar("T")
 

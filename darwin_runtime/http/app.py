@@ -17,42 +17,39 @@ from starlette.requests import Request as HttpRequest
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from darwin_runtime.engine.batching import (
-    Batcher,
-    BatchLimits,
+from darwin_runtime.engine.batching import Batcher, BatchLimits, InferenceThread, PredictionRequest
+from darwin_runtime.errors import (
+    BadRequest,
     ClientDisconnected,
     DeadlineExceeded,
-    InferenceThread,
+    FeatureStoreError,
+    Forbidden,
+    InputError,
+    InputRejected,
+    NotAcceptable,
+    NotFound,
+    NotReady,
     Overloaded,
-    PredictionRequest,
+    TooLarge,
+    Unauthorized,
+    UnsupportedMediaType,
 )
 from darwin_runtime.http import metrics as metrics_module
 from darwin_runtime.http import streaming
-from darwin_runtime.http.auth import AuthPolicy, Forbidden, Guard, Unauthorized
+from darwin_runtime.http.auth import AuthPolicy, Guard
 from darwin_runtime.http.bodies import Bodies
 from darwin_runtime.http.docs import Documents
 from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics
 from darwin_runtime.http.request_log import AccessLog, Line
 from darwin_runtime.http.tracing import Trace, Tracer
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import InputRejected, Model
+from darwin_runtime.model.model import Model
 from darwin_runtime.model.self_test import About, example_rows
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
-from darwin_runtime.protocols.base import (
-    TEXT,
-    BadRequest,
-    FeatureStoreError,
-    Headers,
-    NotFound,
-    NotReady,
-    Read,
-    Reply,
-    TooLarge,
-)
+from darwin_runtime.protocols.base import TEXT, Headers, Read, Reply
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.protocols.feature_store import FeatureStore
-from darwin_runtime.schema.datatypes import InputError
 from darwin_runtime.schema.tabular import ModelSpec
 
 VERSION = "0.1.0"
@@ -230,7 +227,7 @@ class Endpoint(NamedTuple):
 # What went wrong was the client's or the model's doing, and has been told to the client.
 EXPECTED = (
     *(InputError, BadRequest, InputRejected, NotReady, Overloaded, NotFound),
-    *(Unauthorized, Forbidden, protocols.UnsupportedMediaType, protocols.NotAcceptable, TooLarge, FeatureStoreError),
+    *(Unauthorized, Forbidden, UnsupportedMediaType, NotAcceptable, TooLarge, FeatureStoreError),
 )
 
 
@@ -512,7 +509,7 @@ async def _reply(endpoint: Endpoint, ask: RequestContext, meter: WorkerMetrics) 
             meter.rejected()
         _log(ask, error)
         reply = endpoint.word(error)
-        return reply._replace(headers=error.challenges) if isinstance(error, Unauthorized) else reply
+        return reply._replace(headers=error.headers) if isinstance(error, Unauthorized) else reply
 
 
 async def _refuse(error: Exception, _: RequestContext) -> Reply:

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
-from darwin_runtime.http.reloading import ReloadingFile, UnusableFile, content
+from darwin_runtime.errors import Forbidden, Unauthorized, UnusableFile
+from darwin_runtime.http.reloading import ReloadingFile, content
 from darwin_runtime.settings import Reader
 
 # Every one of them is compared with, for each request.
@@ -40,18 +41,6 @@ _KEY = re.compile(rb"[!-~]{16,}")
 _REALM = 'realm="model server"'
 
 logger = logging.getLogger("darwin.serve")
-
-
-class Unauthorized(Exception):
-    """The request has no key that is valid; `challenges` are the headers that say how to give one."""
-
-    def __init__(self, message: str, challenges: tuple[tuple[str, str], ...]) -> None:
-        super().__init__(message)
-        self.challenges = challenges
-
-
-class Forbidden(Exception):
-    """The connection has no client certificate."""
 
 
 class AuthPolicy(NamedTuple):

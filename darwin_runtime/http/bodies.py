@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from darwin_runtime.engine.batching import Overloaded
-from darwin_runtime.protocols.base import Headers, TooLarge
+from darwin_runtime.errors import Overloaded, TooLarge
+from darwin_runtime.protocols.base import Headers
 
 # What is no longer than this counts for nothing: the connections it comes through are counted.
 SMALL_BYTES = 64 * 1024

@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from darwin_runtime.errors import UnusableFile
+
 T = TypeVar("T")
 
 # How often to look whether a file has changed, at most.
 LOOK_SECONDS = 1.0
 
 logger = logging.getLogger("darwin.serve")
-
-
-class UnusableFile(Exception):
-    """A mounted file cannot be read, or is not what it has to be. The message shows nothing of what is in it."""
 
 
 def content(name: str, path: Path) -> bytes:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
-from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded
+from darwin_runtime.errors import DeadlineExceeded, Overloaded
 
 MEDIA_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
@@ -42,9 +42,9 @@ class Streams:
         self._under_way = 0
 
     async def pieces(self, start: Callable[[], Iterator[Any]], timeout: float) -> AsyncGenerator[Any, None]:
-        """What `start` yields; it runs, and is closed, on a thread. Raises what that raises, `Overloaded`, `DeadlineExceeded`.
+        """What `start` yields; it runs, and is closed, on a thread.
 
-        `timeout` is for each piece, in seconds.
+        Raises what that raises, `Overloaded` and `DeadlineExceeded`. `timeout` is for each piece, in seconds.
         """
         if self._under_way >= MOST:
             raise Overloaded(1)

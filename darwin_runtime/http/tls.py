@@ -17,7 +17,8 @@ from typing import Any
 
 import uvloop
 
-from darwin_runtime.http.reloading import ReloadingFile, UnusableFile, content
+from darwin_runtime.errors import UnusableFile
+from darwin_runtime.http.reloading import ReloadingFile, content
 from darwin_runtime.settings import Reader
 
 # How long a client may take for the handshake; and for what is left of an answer, and its last word, when we close.

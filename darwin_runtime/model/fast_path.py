@@ -48,7 +48,7 @@ class NotFaster(NotEquivalent):
 
 @dataclass(frozen=True)
 class Predictor:
-    """How a model predicts: with `predict_array` if there is such a way and it doesn't raise, else with `predict_dataframe`.
+    """How a model predicts: `predict_array` if there is one and it doesn't raise, else `predict_dataframe`.
 
     Where it is `batchable`, rows predicted together get what each would get alone, but for the last bits of floats;
     `EquivalenceCheck.batchable` says how many.

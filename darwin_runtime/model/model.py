@@ -20,7 +20,8 @@ import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 
 from darwin_runtime import mlflow_import
-from darwin_runtime.logs import RoleError, hide
+from darwin_runtime.errors import InputRejected, PredictionFailed, RoleError
+from darwin_runtime.logs import hide
 from darwin_runtime.model import fast_path
 from darwin_runtime.schema.datatypes import Spec
 from darwin_runtime.schema.tabular import InputSchema, ModelSpec, ParamSchema, Rows, compile_schema
@@ -69,18 +70,6 @@ SAME_LIBRARY = {"mlflow": "mlflow-skinny", "tensorflow": "tensorflow-cpu", "xgbo
 MAX_MESSAGE = 2000
 
 logger = logging.getLogger("darwin.model")
-
-
-class InputRejected(Exception):
-    """The model, or MLflow on its behalf, does not accept this input. `by_schema` if a check of types said so."""
-
-    def __init__(self, message: str, *, by_schema: bool = False) -> None:
-        super().__init__(message)
-        self.by_schema = by_schema
-
-
-class PredictionFailed(Exception):
-    """The model raised on input that its signature allows. The cause is chained."""
 
 
 @dataclass(frozen=True)

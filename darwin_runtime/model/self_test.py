@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from darwin_runtime import allocator
-from darwin_runtime.logs import RoleError, mask_uri
+from darwin_runtime.errors import BadRequest, EncodingError, InputError, InputRejected, PredictionFailed, RoleError
+from darwin_runtime.logs import mask_uri
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import InputRejected, Model, PredictionFailed
+from darwin_runtime.model.model import Model
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols.base import BadRequest
-from darwin_runtime.protocols.encoding import EncodingError
-from darwin_runtime.schema.datatypes import InputError
 from darwin_runtime.schema.tabular import Rows
 from darwin_runtime.storage import cache, digest, disk, output
 from darwin_runtime.storage.manifest import Manifest, summary

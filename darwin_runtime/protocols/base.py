@@ -20,11 +20,27 @@ import numpy as np
 import orjson
 import pandas as pd
 
-from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded, PredictionRequest
-from darwin_runtime.http.auth import Forbidden, Unauthorized
-from darwin_runtime.model.model import InputRejected, PredictionFailed
-from darwin_runtime.protocols.encoding import EncodingError, dump, plain
-from darwin_runtime.schema.datatypes import MOST_DEPTH, InputError, ParamsError, Spec, nested_too_deep, refuse
+from darwin_runtime.engine.batching import PredictionRequest
+from darwin_runtime.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    EncodingError,
+    FeatureStoreError,
+    Forbidden,
+    InputError,
+    InputRejected,
+    NotAcceptable,
+    NotFound,
+    NotReady,
+    Overloaded,
+    ParamsError,
+    PredictionFailed,
+    TooLarge,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from darwin_runtime.protocols.encoding import dump, plain
+from darwin_runtime.schema.datatypes import MOST_DEPTH, Spec, nested_too_deep, refuse
 from darwin_runtime.schema.tabular import MOST_CELLS, InputSchema, ModelSpec, Rows, describe
 
 JSON = "application/json"
@@ -55,38 +71,6 @@ MOST_PARQUET_BYTES = 64 * 1024 * 1024
 MOST_CONTAINERS = 4_000_000
 
 
-class BadRequest(ValueError):
-    """The body is not what the protocol says, whatever the model."""
-
-
-class UnsupportedMediaType(ValueError):
-    """The Content-Type, or the Content-Encoding, is none that can be read."""
-
-
-class NotAcceptable(ValueError):
-    """The Accept header allows nothing that can be written."""
-
-
-class TooLarge(ValueError):
-    """The body holds more than may be read."""
-
-
-class NotFound(LookupError):
-    """There is no such model here."""
-
-
-class NotReady(Exception):
-    """The model has not been loaded yet, or is being unloaded."""
-
-
-class FeatureStoreError(Exception):
-    """The feature store gave no features, for `status`, which is HTTP's, and the reason in the message."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Reply(NamedTuple):
     """An answer as the protocol words it; `status` is HTTP's."""
 
@@ -107,7 +91,10 @@ Read = Callable[[bytes, Headers, ModelSpec], PredictionRequest]
 
 
 def decoded(body: bytes, encoding: bytes, most: int) -> bytes:
-    """`body` without its Content-Encoding, of at most `most` bytes. Raises `UnsupportedMediaType`, `BadRequest` or `TooLarge`."""
+    """`body` without its Content-Encoding, of at most `most` bytes.
+
+    Raises `UnsupportedMediaType`, `BadRequest` or `TooLarge`.
+    """
     name = encoding.strip().lower()
     if name in (b"", b"identity"):
         return body

@@ -13,11 +13,9 @@ import numpy as np
 import orjson
 import pandas as pd
 
+from darwin_runtime.errors import EncodingError
+
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME
-
-
-class EncodingError(Exception):
-    """The model's answer has no form in the protocol that was spoken."""
 
 
 def dump(value: Any) -> bytes:

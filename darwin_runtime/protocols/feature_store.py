@@ -19,8 +19,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 from urllib3.util import Retry
 
-from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded
-from darwin_runtime.protocols.base import FeatureStoreError
+from darwin_runtime.errors import DeadlineExceeded, FeatureStoreError, Overloaded
 
 T = TypeVar("T")
 
@@ -57,7 +56,10 @@ class FeatureStore:
         self._lock = threading.Lock()
 
     async def run(self, job: Callable[[], T], timeout: float) -> T:
-        """What `job` returns, on a thread. Raises what it does, `Overloaded`, and `DeadlineExceeded` after `timeout` seconds."""
+        """What `job` returns, on a thread.
+
+        Raises what `job` does, `Overloaded`, and `DeadlineExceeded` after `timeout` seconds.
+        """
         if self._under_way >= 2 * LOOKUPS:
             raise Overloaded(1)
         self._under_way += 1

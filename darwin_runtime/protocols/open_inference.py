@@ -21,8 +21,9 @@ import numpy as np
 import pandas as pd
 
 from darwin_runtime.engine.batching import PredictionRequest
-from darwin_runtime.protocols.base import METHOD, BadRequest, Headers, Reply, parse_params, read_object
-from darwin_runtime.protocols.encoding import EncodingError, dump, plain
+from darwin_runtime.errors import BadRequest, EncodingError
+from darwin_runtime.protocols.base import METHOD, Headers, Reply, parse_params, read_object
+from darwin_runtime.protocols.encoding import dump, plain
 from darwin_runtime.schema.datatypes import Array, Spec
 from darwin_runtime.schema.tabular import ModelSpec, Rows, TabularSchema, TensorSchema, TypeHintSchema, UncheckedSchema
 

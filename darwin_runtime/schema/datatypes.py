@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from darwin_runtime.errors import InputError, Problem
+
 MAX_PROBLEMS = 100
 # After so many, nothing more is looked at: to count those of a large body can take minutes.
 ENOUGH_PROBLEMS = 10_000
@@ -45,32 +47,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Place = Callable[[int], tuple[int | None, str]]
 # Reports a bad part of a cell: the path to it below the cell, what was expected, what was there, why if not obvious.
 Bad = Callable[[str, str, Any, str], None]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a request. `row` counts from 0 and is None when no single row is to blame."""
-
-    row: int | None
-    field: str
-    error_type: str
-    expected: str
-    actual: str | None
-    message: str
-
-
-class InputError(ValueError):
-    """The input does not match the signature. `problems` holds the first hundred, `total` counts all of them."""
-
-    def __init__(self, problems: Sequence[Problem], total: int | None = None) -> None:
-        self.problems = tuple(problems)
-        self.total = len(self.problems) if total is None else total
-        more = self.total - len(self.problems)
-        super().__init__("; ".join(p.message for p in self.problems) + (f"; and {more} more" if more else ""))
-
-
-class ParamsError(InputError):
-    """The parameters, not the rows, do not match the signature."""
 
 
 def refuse(expected: str, value: Any, why: str = "") -> InputError:

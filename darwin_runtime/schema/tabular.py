@@ -24,14 +24,13 @@ import numpy as np
 import orjson
 import pandas as pd
 
+from darwin_runtime.errors import InputError, ParamsError
 from darwin_runtime.schema.datatypes import (
     MISSING,
     MOST_DEPTH,
     Array,
     Bad,
     DataType,
-    InputError,
-    ParamsError,
     Report,
     Spec,
     below,
@@ -60,9 +59,9 @@ class Rows:
 
     A `table` has in `value` a dict of one-dimensional columns or, where all its columns have one numeric type, a
     matrix whose columns are called `names`. Else `value` is what the model takes: an array, a DataFrame, a list, …
-    `index` labels a table's rows, where the request did. `unvalidated` input was not checked or holds nulls: if the model
-    fails on it, it may be to blame. A table that is not `complete` lacks an optional column. `batch_key` is equal for rows
-    that may be predicted `concat` without any of them seeing a difference, None for rows that stay alone.
+    `index` labels a table's rows, where the request did. `unvalidated` input was not checked or holds nulls: if the
+    model fails on it, it may be to blame. A table that is not `complete` lacks an optional column. Rows with an equal
+    `batch_key` may go through `concat` without any of them seeing a difference; rows with None stay alone.
     """
 
     value: Any

@@ -43,7 +43,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from darwin_runtime.logs import RoleError, mask_uri
+from darwin_runtime.errors import NotACache, NotRegularFile, RoleError
+from darwin_runtime.logs import mask_uri
 from darwin_runtime.storage import disk
 from darwin_runtime.storage.manifest import MANIFEST_BYTES, Manifest, summary
 
@@ -70,10 +71,6 @@ SILENCE_SECONDS = 30.0
 
 # What nobody has touched for this long belongs to the dead: a download, a lock, an announcement.
 ABANDONED_SECONDS = 86400.0
-
-
-class NotACache(Exception):
-    """The directory can't be used as a cache; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -702,7 +699,7 @@ def _noted(text: bytes) -> Mapping[str, object]:
 def _damage(entry: Path, verify: str) -> list[str]:
     try:
         manifest = _manifest(entry)
-    except (FileNotFoundError, NotADirectoryError, disk.NotRegularFile, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, NotRegularFile, ValueError) as error:
         return [f"{entry / _MANIFEST}: {error}"]
     return _differences(manifest, entry, verify)
 

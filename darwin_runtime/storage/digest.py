@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darwin_runtime import resources
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import cache, disk
 from darwin_runtime.storage import manifest as manifest_module

@@ -15,20 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from darwin_runtime.errors import FileChanged, NotRegularFile
+
 # What an `OSError` of a full volume, or of a used-up quota, is numbered.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 CHUNK_BYTES = 1 << 20
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
-
-
-class NotRegularFile(OSError):
-    """There is a link, a directory, a pipe, a socket or a device where a file belongs."""
-
-
-class FileChanged(OSError):
-    """A file was written to, or replaced, while it was read."""
 
 
 def identity(found: os.stat_result) -> tuple[int, ...]:

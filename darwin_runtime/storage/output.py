@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 from darwin_runtime.storage import disk
 from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage.manifest import MANIFEST_BYTES, MODEL_FILE, Manifest, summary

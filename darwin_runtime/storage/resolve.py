@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import requests
 
 from darwin_runtime import mlflow_import
-from darwin_runtime.logs import RoleError, mask_uri
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.errors import ConfigError, DamagedDownload, FileChanged, NotRegularFile, RoleError, StoreUnreachable
+from darwin_runtime.logs import mask_uri
+from darwin_runtime.settings import Reader
 from darwin_runtime.storage import disk, manifest
 
 if TYPE_CHECKING:
@@ -55,14 +56,6 @@ MAX_BACKOFF_SECONDS = 60.0
 MODEL_URI_EXAMPLE = "models:/my-model/3"
 
 logger = logging.getLogger("darwin.fetch")
-
-
-class StoreUnreachable(RoleError):
-    """MLflow or the artifact store did not answer: connection, timeout, 429 or 5xx. Worth retrying."""
-
-
-class DamagedDownload(RoleError):
-    """What arrived is not what the listing promised. Worth retrying, never worth using."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +163,8 @@ def retry_action(action: Callable[[], T], retry: Retry, wait: Callable[[float], 
 def resolve(uri: str) -> Source:
     """Find the model at `uri` and list its root.
 
-    Raises `StoreUnreachable` for failures worth retrying, else `RoleError`: it does not exist, access was refused, there
-    is no model there.
+    Raises `StoreUnreachable` for failures worth retrying, else `RoleError`: it does not exist, access was refused, no
+    model is there.
     """
     with explained(uri):
         repository, root, identity = _locate(uri)
@@ -432,9 +425,9 @@ class _Artifacts:
             # MLflow would wait for a pipe, copy a device without end, and not notice that a file changes meanwhile.
             try:
                 manifest.copy(Path(self.local.download_artifacts(self._whole(path))).resolve(), Path(local))
-            except disk.NotRegularFile as error:
+            except NotRegularFile as error:
                 raise RoleError(f"cannot read {self.uri}: {path} is no file, but a pipe, socket or device") from error
-            except disk.FileChanged as error:
+            except FileChanged as error:
                 raise DamagedDownload(f"{path} of {self.uri} {error.strerror}") from error
 
     def _whole(self, path: str) -> str:
@@ -514,7 +507,7 @@ _TRANSPORT = {
 
 
 def explain(error: Exception, uri: str) -> RoleError:
-    """The error to raise for `error`, met while reading `uri`: `StoreUnreachable` only where there was no usable answer."""
+    """The error to raise for `error`, met while reading `uri`; `StoreUnreachable` if there was no usable answer."""
     chain = list(_chain(error))
     cause = chain[-1]
     reason = f"{type(cause).__name__}: {cause}"

@@ -31,12 +31,12 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from darwin_runtime import resources
-from darwin_runtime.logs import RoleError, format_bytes
-from darwin_runtime.settings import ConfigError
+from darwin_runtime.errors import ConfigError, DamagedDownload, RoleError, StoreUnreachable
+from darwin_runtime.logs import format_bytes
 from darwin_runtime.storage import digest as digest_module
 from darwin_runtime.storage import disk, resolve
 from darwin_runtime.storage.manifest import File, digest
-from darwin_runtime.storage.resolve import DamagedDownload, RemoteFile, Retry, Source, StoreUnreachable
+from darwin_runtime.storage.resolve import RemoteFile, Retry, Source
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
@@ -165,8 +165,8 @@ class Transfer:
     def run(self) -> list[File]:
         """Bring every file, and return them with size and sha256.
 
-        Raises `RoleError` when there is no time, `DamagedDownload` or `StoreUnreachable` when a file's attempts are used up,
-        `OSError` when the disk fails or is too small.
+        Raises `RoleError` when there is no time, `DamagedDownload` or `StoreUnreachable` when a file's attempts are
+        used up, `OSError` when the disk fails or is too small.
         """
         for directory in (self.model, self.parts):
             directory.mkdir(parents=True, exist_ok=True)

@@ -17,14 +17,11 @@ from darwin_runtime.engine.batching import (
     Answered,
     Batcher,
     BatchLimits,
-    ClientDisconnected,
-    DeadlineExceeded,
     InferenceThread,
-    Overloaded,
     PredictionRequest,
     split,
 )
-from darwin_runtime.schema.datatypes import InputError
+from darwin_runtime.errors import ClientDisconnected, DeadlineExceeded, InputError, Overloaded
 from darwin_runtime.schema.tabular import Rows, compile_schema
 
 PLAN = compile_schema([{"type": "double", "name": "a"}])

@@ -19,10 +19,11 @@ import tritonclient.http as triton
 from tritonclient.http.auth import BasicAuth
 
 from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.errors import ConfigError
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, MOST_KEYS, Guard, Keys
 from darwin_runtime.model import model
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.settings import Reader
 from darwin_serve import Settings
 from tests.conftest import run_role, wait_until
 from tests.support.models import IRIS, model_path

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from darwin_runtime.errors import ConfigError
 from darwin_runtime.http import cors
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.settings import Reader
 from darwin_serve import HEADERS, Settings
 from tests.conftest import wait_until
 from tests.support.models import IRIS, model_path

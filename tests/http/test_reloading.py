@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from darwin_runtime.errors import UnusableFile
 from darwin_runtime.http import reloading
-from darwin_runtime.http.reloading import ReloadingFile, UnusableFile
+from darwin_runtime.http.reloading import ReloadingFile
 from tests.support.mounts import Mount
 
 

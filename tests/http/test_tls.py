@@ -19,8 +19,9 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from darwin_runtime.errors import ConfigError
 from darwin_runtime.http import tls
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.settings import Reader
 from darwin_serve import Settings
 from tests.conftest import run_role, wait_until
 from tests.support.models import IRIS, model_path

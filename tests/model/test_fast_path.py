@@ -42,12 +42,12 @@ from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
 from darwin_runtime import mlflow_import
+from darwin_runtime.errors import InputError, InputRejected, PredictionFailed
 from darwin_runtime.model import fast_path
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import InputRejected, Model, PredictionFailed
+from darwin_runtime.model.model import Model
 from darwin_runtime.model.native import NotEquivalent
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.schema.datatypes import InputError
 from tests.support.models import REQUIREMENTS, model_path, save
 
 with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model import self_test
 from tests.conftest import run_role

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from darwin_runtime.engine.batching import Batcher, BatchLimits, InferenceThread, PredictionRequest
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model.self_test import example_rows, make_ready
 from darwin_runtime.schema.tabular import Rows

@@ -17,9 +17,8 @@ import pytest
 import yaml
 
 from darwin_runtime import mlflow_import
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import InputRejected, PredictionFailed, RoleError
 from darwin_runtime.model import model as model_module
-from darwin_runtime.model.model import InputRejected, PredictionFailed
 from tests.support.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path
 
 

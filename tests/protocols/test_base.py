@@ -11,12 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from darwin_runtime.engine.batching import DeadlineExceeded, PredictionRequest
-from darwin_runtime.model.model import InputRejected, PredictionFailed
+from darwin_runtime.engine.batching import PredictionRequest
+from darwin_runtime.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    EncodingError,
+    InputError,
+    InputRejected,
+    NotReady,
+    ParamsError,
+    PredictionFailed,
+    TooLarge,
+    UnsupportedMediaType,
+)
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols.base import BadRequest, NotReady, UnsupportedMediaType
-from darwin_runtime.protocols.encoding import EncodingError, dump
-from darwin_runtime.schema.datatypes import InputError, ParamsError
+from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
 
 PLAN = compile_schema([{"type": "long", "name": "a"}])
@@ -298,5 +307,5 @@ def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
 def test_what_would_take_far_more_memory_than_its_size_is_not_parsed(piece: bytes) -> None:
     body = b'{"instances":[' + piece * protocols.MOST_CONTAINERS + b"0]}"
     plan = compile_schema([{"type": "double", "name": "a"}])
-    with pytest.raises(protocols.TooLarge, match="more than 4000000 arrays and objects"):
+    with pytest.raises(TooLarge, match="more than 4000000 arrays and objects"):
         protocols.read_object(body, plan, lambda _: pytest.fail("it was parsed"))

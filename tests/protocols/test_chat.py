@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import requests
 
-from darwin_runtime.engine.batching import DeadlineExceeded, Overloaded
+from darwin_runtime.errors import DeadlineExceeded, Overloaded
 from darwin_runtime.http import streaming
 from darwin_runtime.http.streaming import AHEAD, MOST, Streams
 from tests.conftest import wait_until

@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.errors import FeatureStoreError
 from darwin_runtime.protocols import feature_store
-from darwin_runtime.protocols.base import FeatureStoreError
 from darwin_runtime.protocols.feature_store import FeatureStore
 from tests.http.test_protocol import PARENT
 from tests.support.models import IRIS, model_path

@@ -11,10 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from darwin_runtime.errors import BadRequest, EncodingError, InputError
 from darwin_runtime.protocols import open_inference
-from darwin_runtime.protocols.base import BadRequest
-from darwin_runtime.protocols.encoding import EncodingError
-from darwin_runtime.schema.datatypes import InputError
 from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
 from tests.support import tensors
 

@@ -23,10 +23,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from darwin_runtime.errors import BadRequest, TooLarge
 from darwin_runtime.http.app import EXPECTED, RequestLimits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
-from darwin_runtime.protocols.base import BadRequest, TooLarge
 from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, Rows, compile_schema
 from tests.support.hostile import (
     CASES,

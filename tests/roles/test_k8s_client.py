@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 import k8s_client
-from k8s_client import ApiError, Client, NotInCluster
+from darwin_runtime.errors import ApiError, NotInCluster
+from k8s_client import Client
 from tests.support import apiserver
 from tests.support.apiserver import ApiServer, Certificate, Fault, issue, ok, pod
 

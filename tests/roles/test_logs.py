@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from darwin_runtime import logs
-from darwin_runtime.logs import LONGEST, Redactor, RoleError, log_settings, run_role, set_up
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.errors import ConfigError, RoleError
+from darwin_runtime.logs import LONGEST, Redactor, log_settings, run_role, set_up
+from darwin_runtime.settings import Reader
 
 PASSWORD = "correct horse/battery?"
 ENVIRON = {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "AWS_SECRET_ACCESS_KEY": "abcd1234"}

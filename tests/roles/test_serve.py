@@ -23,11 +23,12 @@ import pytest
 import requests
 
 from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.errors import ConfigError
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model.self_test import example_rows, self_test
 from darwin_runtime.schema.datatypes import ENOUGH_PROBLEMS
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.settings import Reader
 from darwin_serve import Settings
 from tests.conftest import ROOT, Finished, clean_environ, run_role, wait_until
 from tests.support.models import IRIS, NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path, scoring_app

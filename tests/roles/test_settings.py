@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from darwin_runtime.settings import ConfigError, Reader
+from darwin_runtime.errors import ConfigError
+from darwin_runtime.settings import Reader
 
 
 def test_empty_is_unset() -> None:

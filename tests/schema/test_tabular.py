@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from darwin_runtime.errors import InputError, ParamsError
 from darwin_runtime.schema import datatypes, tabular
-from darwin_runtime.schema.datatypes import MAX_PROBLEMS, InputError, ParamsError, floats
+from darwin_runtime.schema.datatypes import MAX_PROBLEMS, floats
 from darwin_runtime.schema.tabular import ParamSchema, Rows, compile_schema, concat
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import NotACache, RoleError
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk
-from darwin_runtime.storage.cache import Cache, Lock, LockState, NotACache
+from darwin_runtime.storage.cache import Cache, Lock, LockState
 from darwin_runtime.storage.manifest import File, Manifest
 
 KEY, OTHER = "a" * 64, "b" * 64

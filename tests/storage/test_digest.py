@@ -16,7 +16,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model import self_test
 from darwin_runtime.storage import cache as cache_module

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from darwin_runtime import __main__ as command
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import FileChanged, RoleError
 from darwin_runtime.model import self_test
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk, output
@@ -444,7 +444,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(how: str, tmp_path: Path, 
         file.write_bytes(bytes(3 << 20))
         with monkeypatch.context() as patch:
             patch.setattr(disk, "open_regular", change(file, how))
-            with pytest.raises(disk.FileChanged, match="changed while it was read"):
+            with pytest.raises(FileChanged, match="changed while it was read"):
                 read(file)
 
 

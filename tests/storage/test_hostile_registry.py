@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError
 from darwin_runtime.storage import transfer
 from darwin_runtime.storage.resolve import Retry
 from tests.conftest import Finished, http_server, run_role

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import RoleError, StoreUnreachable
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import resolve
-from darwin_runtime.storage.resolve import RemoteFile, Retry, Source, StoreUnreachable
+from darwin_runtime.storage.resolve import RemoteFile, Retry, Source
 from tests.conftest import free_port, http_server
 from tests.support.apiserver import ApiServer
 

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import urllib3
 
-from darwin_runtime.logs import RoleError
+from darwin_runtime.errors import DamagedDownload, RoleError, StoreUnreachable
 from darwin_runtime.storage import resolve
 from darwin_runtime.storage import transfer as transfer_module
-from darwin_runtime.storage.resolve import DamagedDownload, RemoteFile, Retry, Source, StoreUnreachable
+from darwin_runtime.storage.resolve import RemoteFile, Retry, Source
 from darwin_runtime.storage.transfer import Deadline, Transfer
 from tests.conftest import http_server, wait_until
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from darwin_runtime.engine.batching import PredictionRequest
+from darwin_runtime.errors import EncodingError
 from darwin_runtime.http.app import EXPECTED, RequestLimits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import feature_store, open_inference
 from darwin_runtime.protocols.base import Headers
-from darwin_runtime.protocols.encoding import EncodingError
 from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
 from tests.support.tensors import binary
 
