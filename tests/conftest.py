@@ -30,19 +30,9 @@ ROOT = prepared.ROOT
 
 # These files take longest. A process of pytest-xdist takes a file at a time, and no long one may come last.
 LONGEST = (
-    *(
-        "download",
-        "serve",
-        "hostile",
-        "workers",
-        "journey",
-        "hostile_registry",
-        "openapi_contract",
-        "fuzz",
-        "estimators",
-    ),
-    *("simulation", "crash", "secrets", "connections", "mixed_clients", "resolve", "properties", "digest"),
-)
+    "download serve hostile workers journey hostile_registry openapi_contract fuzz estimators simulation crash "
+    "secrets connections mixed_clients resolve properties digest"
+).split()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
