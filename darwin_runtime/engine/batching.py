@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import pandas as pd
 
 from darwin_runtime.errors import ClientDisconnected, DeadlineExceeded, Overloaded
-from darwin_runtime.schema.tabular import Rows, concat
+from darwin_runtime.schema.rows import Rows, concat
 
 T = TypeVar("T")
 

@@ -50,7 +50,7 @@ from darwin_runtime.protocols import open_inference
 from darwin_runtime.protocols.base import TEXT, Headers, Read, Reply
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.protocols.feature_store import FeatureStore
-from darwin_runtime.schema.tabular import ModelSpec
+from darwin_runtime.schema.model_spec import ModelSpec
 
 VERSION = "0.1.0"
 

@@ -21,8 +21,10 @@ from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
 from darwin_runtime.protocols.base import Reply
 from darwin_runtime.protocols.encoding import dump
-from darwin_runtime.schema.datatypes import Spec
-from darwin_runtime.schema.tabular import ModelSpec, Rows, TabularSchema, TypeHintSchema, describe
+from darwin_runtime.schema.model_spec import ModelSpec
+from darwin_runtime.schema.rows import Rows
+from darwin_runtime.schema.signature import Spec, describe
+from darwin_runtime.schema.tabular import TabularSchema, TypeHintSchema
 
 PAGE = Path(__file__).with_name("page.html")
 

@@ -8,7 +8,8 @@ from typing import Any
 from darwin_runtime.http.auth import AuthPolicy
 from darwin_runtime.protocols.base import CHAT, CSV, JSON, METHOD, PARQUET
 from darwin_runtime.protocols.open_inference import tensors
-from darwin_runtime.schema.tabular import ModelSpec, TypeHintSchema
+from darwin_runtime.schema.model_spec import ModelSpec
+from darwin_runtime.schema.tabular import TypeHintSchema
 
 Schema = dict[str, Any]
 
@@ -150,7 +151,7 @@ def _row(contract: ModelSpec) -> Schema:
 def _params(contract: ModelSpec) -> Schema:
     properties: dict[str, Schema] = {}
     for spec in contract.params.specs:
-        kind = contract.params.schema(spec["name"])
+        kind = contract.params.json_schema(spec["name"])
         properties[spec["name"]] = {**kind, "default": _json(spec.get("default"))}
     if len(contract.methods) > 1:
         properties[METHOD] = {"enum": list(contract.methods), "default": contract.method}

@@ -33,7 +33,8 @@ import pandas as pd
 
 from darwin_runtime.model.native import FLAVORS, NativeCopies, NotEquivalent, on_matrix, one_job
 from darwin_runtime.model.sample_rows import SampleRows, forms
-from darwin_runtime.schema.tabular import InputSchema, Rows
+from darwin_runtime.schema.model_spec import InputSchema
+from darwin_runtime.schema.rows import Rows
 
 Params = Mapping[str, Any] | None
 

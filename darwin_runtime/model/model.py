@@ -23,8 +23,10 @@ from darwin_runtime import mlflow_import
 from darwin_runtime.errors import InputRejected, PredictionFailed, RoleError
 from darwin_runtime.logs import hide
 from darwin_runtime.model import fast_path
-from darwin_runtime.schema.datatypes import Spec
-from darwin_runtime.schema.tabular import InputSchema, ModelSpec, ParamSchema, Rows, compile_schema
+from darwin_runtime.schema.model_spec import InputSchema, ModelSpec, compile_schema
+from darwin_runtime.schema.params import ParamSchema
+from darwin_runtime.schema.rows import Rows
+from darwin_runtime.schema.signature import Spec
 from darwin_runtime.storage import digest, disk
 
 MODEL_FILE = "MLmodel"

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from darwin_runtime.schema.datatypes import Array
-from darwin_runtime.schema.tabular import InputSchema, Rows, TabularSchema
+from darwin_runtime.schema.model_spec import InputSchema
+from darwin_runtime.schema.rows import Array, Rows
+from darwin_runtime.schema.tabular import TabularSchema
 
 Method = Callable[..., Any]
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from darwin_runtime.model.native import NotEquivalent
-from darwin_runtime.schema.datatypes import Array
-from darwin_runtime.schema.tabular import InputSchema, Rows, TabularSchema, TensorSchema
+from darwin_runtime.schema.model_spec import InputSchema
+from darwin_runtime.schema.rows import Array, Rows
+from darwin_runtime.schema.tabular import TabularSchema
+from darwin_runtime.schema.tensors import TensorSchema
 
 NUMBERS = {"integer": "int32", "long": "int64", "float": "float32", "double": "float64"}
 SCALARS = frozenset({*NUMBERS, "boolean", "string", "binary", "datetime"})
@@ -65,12 +67,12 @@ def _fields(plan: InputSchema, example: Rows | None) -> list[Field]:
         fields = []
         shown = _shown(example) if example else {}
         for column in plan.columns:
-            cell = column.cell
+            cell = column.datatype
             if cell.name not in SCALARS:
                 raise NotEquivalent(f"column {column.key!r} is of {cell.name}")
             number = np.dtype(NUMBERS[cell.name]) if cell.name in NUMBERS else None
             near = shown.get(column.key) or ([] if number else [cell.sample])
-            nulls = "null" in cell.schema["type"] or (not column.required and number is None)
+            nulls = "null" in cell.json_schema["type"] or (not column.required and number is None)
             fields.append(Field(near, number, nulls))
         return fields
     if isinstance(plan, TensorSchema) and not plan.named and len(plan.tensors[0].shape) == 2:

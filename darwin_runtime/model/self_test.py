@@ -19,7 +19,7 @@ from darwin_runtime.logs import mask_uri
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model.model import Model
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.schema.tabular import Rows
+from darwin_runtime.schema.rows import Rows
 from darwin_runtime.storage import cache, digest, disk, output
 from darwin_runtime.storage.manifest import Manifest, summary
 

@@ -40,8 +40,11 @@ from darwin_runtime.errors import (
     UnsupportedMediaType,
 )
 from darwin_runtime.protocols.encoding import dump, plain
-from darwin_runtime.schema.datatypes import MOST_DEPTH, Spec, nested_too_deep, refuse
-from darwin_runtime.schema.tabular import MOST_CELLS, InputSchema, ModelSpec, Rows, describe
+from darwin_runtime.schema.checks import MAX_CELLS, MAX_NESTING, nested_too_deep
+from darwin_runtime.schema.model_spec import InputSchema, ModelSpec
+from darwin_runtime.schema.report import refuse
+from darwin_runtime.schema.rows import Rows
+from darwin_runtime.schema.signature import Spec, describe
 
 JSON = "application/json"
 CSV = "text/csv"
@@ -419,14 +422,14 @@ def _check_parquet(file: Any, body: bytes) -> None:
     import pyarrow.parquet
 
     told, schema = file.metadata, file.schema
-    if told.num_rows * told.num_columns > MOST_CELLS:
-        raise TooLarge(f"the Parquet file has {told.num_rows * told.num_columns} cells, more than {MOST_CELLS}")
+    if told.num_rows * told.num_columns > MAX_CELLS:
+        raise TooLarge(f"the Parquet file has {told.num_rows * told.num_columns} cells, more than {MAX_CELLS}")
     # In a file that is not sound, pyarrow ends the process where it is asked for a column's metadata.
     file.scan_contents()
     groups = range(told.num_row_groups)
     values = sum(told.row_group(group).column(index).num_values for group in groups for index in range(len(schema)))
-    if values > MOST_CELLS:
-        raise TooLarge(f"the Parquet file has {values} values, more than {MOST_CELLS}")
+    if values > MAX_CELLS:
+        raise TooLarge(f"the Parquet file has {values} values, more than {MAX_CELLS}")
     columns = map(schema.column, range(len(schema)))
     texts = [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
     packed = pyarrow.parquet.ParquetFile(io.BytesIO(body), read_dictionary=texts).read()
@@ -481,7 +484,7 @@ def _chat(request: dict[str, Any], contract: ModelSpec) -> PredictionRequest:
     params = contract.params.parse({key: value for key, value in request.items() if key in declared})
     given = {key: value for key, value in request.items() if key not in declared}
     if nested_too_deep(given):
-        raise BadRequest(f"the body is nested more than {MOST_DEPTH} deep")
+        raise BadRequest(f"the body is nested more than {MAX_NESTING} deep")
     if request.get("stream") is True and not contract.streams:
         raise BadRequest("this model cannot answer piece by piece: leave out stream")
     rows = Rows(given, 1, unvalidated=True, passthrough=True)

@@ -24,8 +24,12 @@ from darwin_runtime.engine.batching import PredictionRequest
 from darwin_runtime.errors import BadRequest, EncodingError
 from darwin_runtime.protocols.base import METHOD, Headers, Reply, parse_params, read_object
 from darwin_runtime.protocols.encoding import dump, plain
-from darwin_runtime.schema.datatypes import Array, Spec
-from darwin_runtime.schema.tabular import ModelSpec, Rows, TabularSchema, TensorSchema, TypeHintSchema, UncheckedSchema
+from darwin_runtime.schema.model_spec import ModelSpec
+from darwin_runtime.schema.rows import Array, Rows
+from darwin_runtime.schema.signature import Spec
+from darwin_runtime.schema.tabular import TabularSchema, TypeHintSchema
+from darwin_runtime.schema.tensors import TensorSchema
+from darwin_runtime.schema.untyped import UncheckedSchema
 
 BINARY = "application/octet-stream"
 LENGTH = "Inference-Header-Content-Length"
@@ -289,7 +293,7 @@ def _rows(tensors: Sequence[Tensor], contract: ModelSpec) -> Rows:
         return plan.instances(named if plan.named else named[_only(tensors).name])
     if isinstance(plan, TypeHintSchema):
         return plan.instances(_texted(_only(tensors), binary=False).nested())
-    cells = {column.key: column.cell for column in plan.columns}
+    cells = {column.key: column.datatype for column in plan.columns}
     if whole := _whole_rows(tensors, plan):
         count, width = whole.shape
         rows = (plan.numbers if isinstance(whole.values, np.ndarray) else plan.flat)(whole.values, (count, width))

@@ -22,7 +22,8 @@ from darwin_runtime.engine.batching import (
     split,
 )
 from darwin_runtime.errors import ClientDisconnected, DeadlineExceeded, InputError, Overloaded
-from darwin_runtime.schema.tabular import Rows, compile_schema
+from darwin_runtime.schema.model_spec import compile_schema
+from darwin_runtime.schema.rows import Rows
 
 PLAN = compile_schema([{"type": "double", "name": "a"}])
 

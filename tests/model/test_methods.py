@@ -21,7 +21,7 @@ from darwin_runtime.engine.batching import Batcher, BatchLimits, InferenceThread
 from darwin_runtime.errors import RoleError
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model.self_test import example_rows, make_ready
-from darwin_runtime.schema.tabular import Rows
+from darwin_runtime.schema.rows import Rows
 from tests.conftest import run_role
 from tests.support.models import IRIS, REQUIREMENTS, iris_table, model_path, save, save_estimator
 from tests.support.servers import serving

@@ -26,7 +26,8 @@ from darwin_runtime.errors import (
 )
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols.encoding import dump
-from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
+from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
+from darwin_runtime.schema.params import ParamSchema
 
 PLAN = compile_schema([{"type": "long", "name": "a"}])
 PARAMS = ParamSchema([{"name": "p", "type": "double", "default": 1.0, "shape": None}])

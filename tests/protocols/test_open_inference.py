@@ -13,7 +13,8 @@ import pytest
 
 from darwin_runtime.errors import BadRequest, EncodingError, InputError
 from darwin_runtime.protocols import open_inference
-from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
+from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
+from darwin_runtime.schema.params import ParamSchema
 from tests.support import tensors
 
 NO_PARAMS = ParamSchema(None)

@@ -27,7 +27,9 @@ from darwin_runtime.errors import BadRequest, TooLarge
 from darwin_runtime.http.app import EXPECTED, RequestLimits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
-from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, Rows, compile_schema
+from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
+from darwin_runtime.schema.params import ParamSchema
+from darwin_runtime.schema.rows import Rows
 from tests.support.hostile import (
     CASES,
     CONTRACTS,

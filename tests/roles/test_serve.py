@@ -27,7 +27,7 @@ from darwin_runtime.errors import ConfigError
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.model import model as model_module
 from darwin_runtime.model.self_test import example_rows, self_test
-from darwin_runtime.schema.datatypes import ENOUGH_PROBLEMS
+from darwin_runtime.schema.report import MAX_COUNTED_PROBLEMS
 from darwin_runtime.settings import Reader
 from darwin_serve import Settings
 from tests.conftest import ROOT, Finished, clean_environ, run_role, wait_until
@@ -406,7 +406,7 @@ def test_large_bodies_are_parsed_like_small_ones(ours: Callable[[str], str]) -> 
     refused = post(ours("iris") + "/predict", {"features": [{}] * (rows // 10)}).json()
     assert refused["detail"]["error_count"] == 4 * rows // 10
     refused = post(ours("iris") + "/predict", {"features": [{}] * rows}).json()
-    assert refused["detail"]["error_count"] == ENOUGH_PROBLEMS
+    assert refused["detail"]["error_count"] == MAX_COUNTED_PROBLEMS
 
 
 @pytest.mark.parametrize(("verb", "path"), [("GET", "/predict"), ("PUT", "/invocations"), ("POST", "/ready")])

@@ -23,7 +23,8 @@ from darwin_runtime.http.app import EXPECTED, RequestLimits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import feature_store, open_inference
 from darwin_runtime.protocols.base import Headers
-from darwin_runtime.schema.tabular import ModelSpec, ParamSchema, compile_schema
+from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
+from darwin_runtime.schema.params import ParamSchema
 from tests.support.tensors import binary
 
 Spec = dict[str, Any]

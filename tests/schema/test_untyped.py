@@ -1,0 +1,47 @@
+"""Requests to a model without a signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from darwin_runtime.errors import InputError
+from darwin_runtime.schema.model_spec import compile_schema
+
+
+def test_without_a_signature_there_is_nothing_to_check() -> None:
+    schema = compile_schema(None)
+    assert schema.records([{"a": 1}]).for_model().to_dict("list") == {"a": [1]}
+    assert schema.split(["a", "b"], [[1, "x"]]).for_model().to_dict("list") == {"a": [1], "b": ["x"]}
+    assert schema.instances([[1, 2]]).value.tolist() == [[1, 2]]
+    assert schema.instances({"a": [1, 2]}).value["a"].tolist() == [1, 2]
+    assert schema.instances([{"a": 1}, {"a": 2}]).value["a"].tolist() == [1, 2]
+    assert schema.csv(b"a,b\n1,x\n").for_model().to_dict("list") == {"a": [1], "b": ["x"]}
+    assert schema.features({"a": 1}).for_model().to_dict("list") == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ("records", ([],)),
+        ("records", ("x",)),
+        ("split", (["a"], [[1, 2]])),
+        ("split", ("a", [[1]])),
+        ("instances", ([[1], [2, 3]],)),
+        ("instances", ([],)),
+        ("instances", ({},)),
+        ("csv", (b"",)),
+        ("csv", (b"a\n",)),
+        ("features", ([],)),
+    ],
+)
+def test_without_a_signature_some_input_is_still_none(shape: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(InputError):
+        getattr(compile_schema(None), shape)(*arguments)
+
+
+def test_a_small_request_does_not_become_a_huge_table() -> None:
+    with pytest.raises(InputError, match="same keys"):
+        compile_schema(None).records([{f"k{row}": row} for row in range(5000)])
+    assert compile_schema(None).records([{"a": 1}, {"b": 2}]).count == 2
