@@ -394,7 +394,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         return Reply(200, model_module.mlflow_version().encode(), TEXT)
 
     def darwin_failure(error: Exception) -> Reply:
-        inputs = service.loaded.contract.plan.inputs if service.is_loaded else ()
+        inputs = service.loaded.contract.input_schema.inputs if service.is_loaded else ()
         return protocols.darwin_failure(error, inputs)
 
     darwin = partial(Endpoint, protocol="darwin", word=darwin_failure)

@@ -51,7 +51,7 @@ class Documents:
 
         `features` tells whether there is a feature store to ask, `needs` what requests need.
         """
-        sample = contract.plan.sample(example)
+        sample = contract.input_schema.sample(example)
         flavor = about.flavors[0] if about.flavors else "pyfunc"
         return cls(
             protocols.schema(contract, example),
@@ -95,7 +95,7 @@ def _template() -> tuple[str, str]:
 
 
 def _page(contract: ModelSpec, sample: Any, about: About, version: str, needs: AuthPolicy) -> Reply:
-    plan = contract.plan
+    plan = contract.input_schema
     columns = isinstance(plan, TabularSchema) and not isinstance(plan, TypeHintSchema) and plan.named
     told = {
         "Model URI": about.uri,
@@ -122,7 +122,7 @@ def _page(contract: ModelSpec, sample: Any, about: About, version: str, needs: A
         "params": [_param(spec) for spec in contract.params.specs],
         "methods": contract.methods,
         "method": contract.method,
-        "signature": [*_signature("input", contract.plan.specs), *_signature("output", contract.outputs)],
+        "signature": [*_signature("input", contract.input_schema.specs), *_signature("output", contract.outputs)],
         "files": about.files,
         "key": needs.key,
         "certificate": needs.certificate,

@@ -144,7 +144,7 @@ def _ref(name: str) -> Schema:
 
 def _row(contract: ModelSpec) -> Schema:
     """One row, as Darwin's form has it: an object with this model's columns, or tensors without their first axis."""
-    schema = {key: value for key, value in contract.plan.json_schema().items() if key != "$schema"}
+    schema = {key: value for key, value in contract.input_schema.json_schema().items() if key != "$schema"}
     return schema or {"description": "The model has no signature: whatever it takes."}
 
 
@@ -217,7 +217,7 @@ def _content(schema: Schema, example: Any) -> Schema:
 
 def _listed(contract: ModelSpec, sample: Any) -> Any:
     """`sample` as rows: what models with type hints take is a list in any case."""
-    return sample if isinstance(contract.plan, TypeHintSchema) else [sample]
+    return sample if isinstance(contract.input_schema, TypeHintSchema) else [sample]
 
 
 def _invocations(contract: ModelSpec, sample: Any, chat: Any) -> Schema:
@@ -238,7 +238,7 @@ def _invocations(contract: ModelSpec, sample: Any, chat: Any) -> Schema:
     if chat is not None:
         example = chat
     elif sample is not None:
-        table = isinstance(sample, dict) and not isinstance(contract.plan, TypeHintSchema)
+        table = isinstance(sample, dict) and not isinstance(contract.input_schema, TypeHintSchema)
         example = {"dataframe_records": [sample]} if table else {"inputs": _listed(contract, sample)}
     content = {JSON: _content(body, example), CSV: {"schema": {"type": "string"}}}
     content[PARQUET] = {"schema": {"type": "string", "contentEncoding": "binary"}}
@@ -285,7 +285,7 @@ def _v2(contract: ModelSpec, sample: Any) -> Schema:
         },
         "required": ["model_name", "outputs"],
     }
-    made = None if sample is None or isinstance(contract.plan, TypeHintSchema) else tensors(contract, sample)
+    made = None if sample is None or isinstance(contract.input_schema, TypeHintSchema) else tensors(contract, sample)
     content = {JSON: _content(body, None if made is None else {"inputs": made})}
     return _operation("Open Inference Protocol (KServe V2): inference", "KServeError", content, answer, also=(404,))
 

@@ -104,7 +104,7 @@ class Model:
         classes: Any = getattr(fast_path.raw(self.pyfunc), "classes_", None)
         one_output = isinstance(classes, np.ndarray) and classes.ndim == 1
         return ModelSpec(
-            plan=self.plan,
+            input_schema=self.plan,
             params=self.params,
             # They were inferred from what the method that the model was logged with answers.
             outputs=self.outputs if self.method == next(iter(self.paths)) else (),

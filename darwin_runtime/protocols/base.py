@@ -265,7 +265,7 @@ Lookup = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 def read_predict(body: bytes, headers: Headers, contract: ModelSpec, lookup: Lookup | None = None) -> PredictionRequest:
     """`{"features": {…} or [{…}, …], "params"?: {…}}`, or `{"feature_group", "ofs_keys"}`, which `lookup` finds."""
-    return read_object(body, contract.plan, lambda request: _predict(request, headers, contract, lookup))
+    return read_object(body, contract.input_schema, lambda request: _predict(request, headers, contract, lookup))
 
 
 def _predict(
@@ -279,7 +279,7 @@ def _predict(
     params, method = parse_params(request.get("params"), contract)
     usual = partial(write_scores, classes=contract.classes, method=method or contract.method)
     return PredictionRequest(
-        contract.plan.features(features), params, _writer(headers, usual, contract, method), method
+        contract.input_schema.features(features), params, _writer(headers, usual, contract, method), method
     )
 
 
@@ -360,7 +360,7 @@ def not_ready(error: NotReady) -> Reply:
 
 def schema(contract: ModelSpec, example: Rows | None) -> Reply:
     """The answer to `GET /schema`; `example` is where the sample request comes from, if there is one."""
-    plan = contract.plan
+    plan = contract.input_schema
     if not plan.inputs:
         detail = {
             "message": "The model has no signature",
@@ -382,7 +382,7 @@ def schema(contract: ModelSpec, example: Rows | None) -> Reply:
 
 def read_invocations(body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest:
     """JSON with one of the four shapes or with what chat models take, CSV, or Parquet."""
-    plan = contract.plan
+    plan = contract.input_schema
     kind = _media_type(headers.get(b"content-type", b""), (JSON, CSV, PARQUET))
     if kind == JSON:
         return read_object(body, plan, lambda request: _invocations(request, headers, contract))
@@ -469,7 +469,7 @@ def _invocations(request: dict[str, Any], headers: Headers, contract: ModelSpec)
     if len(shapes) != 1:
         given = ", ".join(map(repr, list(request)[:20]))[:200] or "nothing"
         raise BadRequest(f"the body must have exactly one of {', '.join(SHAPES)} (given: {given})")
-    value, plan = request[shapes[0]], contract.plan
+    value, plan = request[shapes[0]], contract.input_schema
     if shapes[0] == "dataframe_split":
         rows = _read_split(value, plan)
     else:
@@ -544,14 +544,14 @@ def _mlflow(status: int, code: str, message: str) -> Reply:
 def read_v1(body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest:
     """`{"instances": […]}` or `{"inputs": …}`, and perhaps `parameters`."""
     _media_type(headers.get(b"content-type", b""), (JSON,))
-    return read_object(body, contract.plan, lambda request: _v1(request, headers, contract))
+    return read_object(body, contract.input_schema, lambda request: _v1(request, headers, contract))
 
 
 def _v1(request: dict[str, Any], headers: Headers, contract: ModelSpec) -> PredictionRequest:
     shapes = [key for key in TENSORS if key in request]
     if len(shapes) != 1:
         raise BadRequest(f"the body must have exactly one of {', '.join(TENSORS)}")
-    rows = contract.plan.instances(request[shapes[0]])
+    rows = contract.input_schema.instances(request[shapes[0]])
     params, method = parse_params(request.get("parameters"), contract)
     return PredictionRequest(rows, params, _writer(headers, write_predictions, contract, method), method)
 

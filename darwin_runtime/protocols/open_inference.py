@@ -102,7 +102,7 @@ def _numbers(values: Array) -> Array:
 def read_infer(body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest:
     """Raises `BadRequest` or `InputError`."""
     head, tail = _parts(body, headers.get(LENGTH.lower().encode()))
-    return read_object(head, contract.plan, lambda request: _infer(request, tail, contract))
+    return read_object(head, contract.input_schema, lambda request: _infer(request, tail, contract))
 
 
 def _infer(request: dict[str, Any], tail: memoryview, contract: ModelSpec) -> PredictionRequest:
@@ -285,7 +285,7 @@ def _names(contract: ModelSpec) -> list[str]:
 
 
 def _rows(tensors: Sequence[Tensor], contract: ModelSpec) -> Rows:
-    plan = contract.plan
+    plan = contract.input_schema
     if isinstance(plan, UncheckedSchema):
         return _unchecked(tensors)
     if isinstance(plan, TensorSchema):
@@ -482,7 +482,7 @@ def model_metadata(contract: ModelSpec, flavor: str) -> Reply:
         "name": contract.name,
         "versions": [contract.version] if contract.version else [],
         "platform": f"mlflow_{flavor}",
-        "inputs": [_described(spec, index) for index, spec in enumerate(contract.plan.specs)],
+        "inputs": [_described(spec, index) for index, spec in enumerate(contract.input_schema.specs)],
         "outputs": outputs,
     }
     return Reply(200, dump(body))
@@ -503,7 +503,7 @@ def _described(spec: Spec, index: int) -> dict[str, Any]:
 def tensors(contract: ModelSpec, sample: Any) -> list[dict[str, Any]]:
     """The inputs of a request for one row; `sample` is that as Darwin's form has it."""
     made = []
-    for index, spec in enumerate(contract.plan.specs):
+    for index, spec in enumerate(contract.input_schema.specs):
         described = _described(spec, index)
         value = sample.get(described["name"]) if isinstance(sample, dict) else sample
         if value is None:

@@ -32,7 +32,7 @@ class ModelSpec:
     the labels of the columns of probabilities, if they are known. A model that `streams` can answer piece by piece.
     """
 
-    plan: InputSchema
+    input_schema: InputSchema
     params: ParamSchema
     outputs: Sequence[Spec] = ()
     name: str = "model"

@@ -20,7 +20,7 @@ from tests.support import tensors
 NO_PARAMS = ParamSchema(None)
 TWO = ModelSpec(compile_schema([{"type": "double", "name": "a"}, {"type": "string", "name": "b"}]), NO_PARAMS)
 ROWS = ModelSpec(compile_schema([{"type": "double", "name": "a"}, {"type": "double", "name": "b"}]), NO_PARAMS)
-METHODS = ModelSpec(ROWS.plan, NO_PARAMS, methods=("predict", "predict_proba"))
+METHODS = ModelSpec(ROWS.input_schema, NO_PARAMS, methods=("predict", "predict_proba"))
 
 A = {"name": "a", "shape": [2], "datatype": "FP64", "data": [1.5, 2]}
 B = {"name": "b", "shape": [2, 1], "datatype": "BYTES", "data": ["x", "y"]}
@@ -239,18 +239,20 @@ def test_outputs_with_names() -> None:
             {"name": "p", "datatype": "FP64", "shape": [2, 1], "data": [0.5, 1.0]},
             {"name": "q", "datatype": "BYTES", "shape": [2, 1], "data": ["x", "y"]},
         ]
-    named = ModelSpec(ROWS.plan, NO_PARAMS, outputs=[{"type": "double", "name": "p"}, {"type": "double", "name": "q"}])
+    named = ModelSpec(
+        ROWS.input_schema, NO_PARAMS, outputs=[{"type": "double", "name": "p"}, {"type": "double", "name": "q"}]
+    )
     told = answer(np.array([[1.0, 2.0], [3.0, 4.0]]), named)["outputs"]
     assert [(each["name"], each["shape"], each["data"]) for each in told] == [
         ("p", [2, 1], [1.0, 3.0]),
         ("q", [2, 1], [2.0, 4.0]),
     ]
-    one = ModelSpec(ROWS.plan, NO_PARAMS, outputs=[{"type": "long", "name": "label"}])
+    one = ModelSpec(ROWS.input_schema, NO_PARAMS, outputs=[{"type": "long", "name": "label"}])
     assert answer(np.array([1]), one)["outputs"][0]["name"] == "label"
 
 
 def test_names_versions_and_ids() -> None:
-    contract = ModelSpec(ROWS.plan, NO_PARAMS, name="iris", version="3")
+    contract = ModelSpec(ROWS.input_schema, NO_PARAMS, name="iris", version="3")
     assert answer(np.array([1]), contract, id="7")["id"] == "7"
     told = answer(np.array([1]), contract)
     assert (told["model_name"], told["model_version"], "id" in told) == ("iris", "3", False)
