@@ -1,1 +1,1 @@
-"""What a model takes: an MLflow signature compiled to checked rows. Knows numpy and pandas, neither HTTP nor MLflow."""
+"""The schema of a model: its MLflow signature, compiled to a parser of rows. It knows neither HTTP nor MLflow."""

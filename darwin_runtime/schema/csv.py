@@ -29,7 +29,7 @@ def read_csv_texts(body: bytes) -> tuple[list[str], list[list[str]]]:
         raise refuse(f"CSV of at most {MAX_CELLS} cells that are not all numbers", "", f"about {cells}")
     text = body.decode("utf-8-sig")
     if "\0" in text:
-        raise refuse("CSV with a header row", text, "it contains NUL")  # csv itself says so before Python 3.11 only
+        raise refuse("CSV with a header row", text, "it contains NUL")  # csv itself rejects it before Python 3.11 only
     try:
         lines = [line for line in _csv_lines(text, strict=True) if line]
     except csv.Error as error:

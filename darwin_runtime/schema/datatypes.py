@@ -220,7 +220,7 @@ _NOT_A_TIME = int(np.iinfo(np.int64).min)
 
 
 def _nanoseconds(text: str) -> int:
-    """Nanoseconds since 1970 in UTC of an ISO 8601 date or date and time; ValueError says why it isn't one.
+    """Nanoseconds since 1970 in UTC of an ISO 8601 date or date and time. Else raises `ValueError` with the reason.
 
     Python 3.10 can't parse these itself, and numpy wraps silently around what 64 bits of nanoseconds hold.
     """

@@ -85,7 +85,7 @@ class UncheckedSchema:
             value = make()
         except InputError:
             raise
-        except Exception as error:  # whatever pandas and numpy raise, the cause is what they were given
+        except Exception as error:  # any error of pandas and numpy has its cause in the request
             raise refuse("rows that make a table or an array", given, str(error)[:300]) from None
         sizes = [array.shape[:1] for array in value.values()] if isinstance(value, dict) else [value.shape[:1]]
         if not sizes or 0 in sizes[0] or (isinstance(value, pd.DataFrame) and not len(value)):
