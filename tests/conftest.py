@@ -29,10 +29,25 @@ from tests.support.share import SEED, SHARE
 ROOT = prepared.ROOT
 
 # These files take longest. A process of pytest-xdist takes a file at a time, and no long one may come last.
-LONGEST = (
-    "download serve hostile workers journey hostile_registry openapi_contract fuzz estimators simulation crash "
-    "secrets connections mixed_clients resolve properties digest"
-).split()
+LONGEST = [
+    "download",
+    "serve",
+    "hostile",
+    "workers",
+    "journey",
+    "hostile_registry",
+    "openapi_contract",
+    "fuzz",
+    "estimators",
+    "simulation",
+    "crash",
+    "secrets",
+    "connections",
+    "mixed_clients",
+    "resolve",
+    "properties",
+    "digest",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
