@@ -32,7 +32,9 @@ from typing import Any
 import k8s_client
 from darwin_runtime import cleanup_report as cleanup_report_module
 from darwin_runtime.errors import ApiError, ConfigError, NotACache, NotInCluster, RoleError
-from darwin_runtime.logs import Redactor, format_bytes, log_settings, run_role
+from darwin_runtime.logs import format_bytes, log_settings
+from darwin_runtime.redact import Redactor
+from darwin_runtime.role import run_role
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk
@@ -79,11 +81,11 @@ class Settings:
         settings = cls(
             cache=Path(read.text("CACHE_PATH", "/model-cache")),
             namespace=read.text("NAMESPACE"),
-            ttl_days=read.number("TTL_DAYS", 7, least=0),
-            max_size_gb=read.number("MAX_SIZE_GB", 0, least=0),
-            low_watermark_percent=read.number("LOW_WATERMARK_PERCENT", 90, least=0, most=100),
+            ttl_days=read.number("TTL_DAYS", 7, minimum=0),
+            max_size_gb=read.number("MAX_SIZE_GB", 0, minimum=0),
+            low_watermark_percent=read.number("LOW_WATERMARK_PERCENT", 90, minimum=0, maximum=100),
             dry_run=read.flag("DRY_RUN", False),
-            grace_seconds=read.number("GRACE_SECONDS", 120, least=0, most=MOST_GRACE_SECONDS),
+            grace_seconds=read.number("GRACE_SECONDS", 120, minimum=0, maximum=MOST_GRACE_SECONDS),
             metrics_textfile=read.text("METRICS_TEXTFILE"),
             pushgateway_url=read.text("PUSHGATEWAY_URL"),
             pod=read.text("POD_NAME", socket.gethostname()),

@@ -66,16 +66,18 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from darwin_runtime import allocator
-from darwin_runtime.engine import workers as workers_module
+from darwin_runtime.engine.processes import run_worker, signal_socket
+from darwin_runtime.engine.workers import WorkerJob, supervise
 from darwin_runtime.errors import RoleError
 from darwin_runtime.http import auth, cors
 from darwin_runtime.http import tls as tls_module
 from darwin_runtime.http.acceptor import Acceptor
 from darwin_runtime.http.connections import ConnectionLimiter, ConnectionLimits
 from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics
-from darwin_runtime.logs import Redactor, log_settings, run_role
-from darwin_runtime.resources import cpu_limit, default_workers, share_cpus
+from darwin_runtime.logs import log_settings
+from darwin_runtime.redact import Redactor
+from darwin_runtime.resources import cpu_limit, default_workers, keep_freed_buffers, share_cpus
+from darwin_runtime.role import run_role
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import digest, manifest, resolve, transfer
 
@@ -147,7 +149,7 @@ class Settings:
         if not path and not uri:
             read.problem("MODEL_LOCAL_PATH", "is not set, and MLFLOW_MODEL_URI neither", example="/models")
         root_path = read.text("ROOT_PATH").strip("/")
-        timeout = read.number("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", 60, least=0.001)
+        timeout = read.number("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", 60, minimum=0.001)
         tls = tls_module.from_env(read)
         settings = cls(
             model_path=Path(path) if path else None,
@@ -158,23 +160,23 @@ class Settings:
             store_admin_url=read.text("OFS_ADMIN_URL"),
             model_config=_model_config(read),
             host=read.text("HOST", "0.0.0.0"),  # noqa: S104 - a container is reached from outside
-            port=read.integer("PORT", 8000, least=0, most=65535),
+            port=read.integer("PORT", 8000, minimum=0, maximum=65535),
             root_path=f"/{root_path}" if root_path else "",
-            request_timeout=read.number("REQUEST_TIMEOUT_SECONDS", timeout, least=0.001),
-            workers=read.integer("WORKERS", default_workers(), least=1),
+            request_timeout=read.number("REQUEST_TIMEOUT_SECONDS", timeout, minimum=0.001),
+            workers=read.integer("WORKERS", default_workers(), minimum=1),
             batching=read.choice("BATCHING", "auto", ("auto", "on", "off")),
-            batch_rows=read.integer("MAX_BATCH_ROWS", 256, least=1),
-            queue_rows=read.integer("MAX_QUEUE_ROWS", 100_000, least=1),
+            batch_rows=read.integer("MAX_BATCH_ROWS", 256, minimum=1),
+            queue_rows=read.integer("MAX_QUEUE_ROWS", 100_000, minimum=1),
             fast_path=read.choice("FAST_PATH", "auto", ("auto", "off")) == "auto",
-            body_bytes=round(read.number("MAX_BODY_MB", 64, least=0.001) * 1024**2),
-            rows=read.integer("MAX_ROWS", 1_000_000, least=1),
-            head_bytes=read.integer("MAX_HEADER_KB", 32, least=1) * 1024,
-            connections=read.integer("MAX_CONNECTIONS", 1000, least=1),
-            receive_seconds=read.number("RECEIVE_TIMEOUT_SECONDS", 60, least=0.001),
-            send_seconds=read.number("SEND_TIMEOUT_SECONDS", 60, least=0.001),
+            body_bytes=round(read.number("MAX_BODY_MB", 64, minimum=0.001) * 1024**2),
+            rows=read.integer("MAX_ROWS", 1_000_000, minimum=1),
+            head_bytes=read.integer("MAX_HEADER_KB", 32, minimum=1) * 1024,
+            connections=read.integer("MAX_CONNECTIONS", 1000, minimum=1),
+            receive_seconds=read.number("RECEIVE_TIMEOUT_SECONDS", 60, minimum=0.001),
+            send_seconds=read.number("SEND_TIMEOUT_SECONDS", 60, minimum=0.001),
             # Longer than the 60 s of common proxies: a connection that we close while they send on it fails a request.
-            keep_alive_seconds=read.number("KEEP_ALIVE_SECONDS", 75, least=0.001),
-            drain_seconds=read.number("DRAIN_SECONDS", 5, least=0),
+            keep_alive_seconds=read.number("KEEP_ALIVE_SECONDS", 75, minimum=0.001),
+            drain_seconds=read.number("DRAIN_SECONDS", 5, minimum=0),
             verify=read.choice("VERIFY", "size", manifest.VERIFY),
             tls=tls,
             guard=auth.from_env(read, certificates=tls is not None and tls.asks_certificate),
@@ -373,19 +375,20 @@ def run(server: Server, listener: socket.socket) -> None:
 def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Future[None]:
     """On its inference thread, have `server` use the model from `get`, once that has answered its own example."""
     from darwin_runtime.model import self_test
+    from darwin_runtime.model.about import about_model
 
     def start() -> None:
         loaded, began = get(), time.monotonic()
         model = self_test.make_ready(loaded, settings.model_name, fast_path=settings.fast_path)
         batching = settings.batching == "on" or (settings.batching == "auto" and model.batchable)
-        about = self_test.about(model, model.load_seconds + time.monotonic() - began)
+        about = about_model(model, model.load_seconds + time.monotonic() - began)
         server.service.use(model, about, batching=batching, on_hang=server.give_up)
         gc.freeze()
         # A large body is ten thousand lists, none of them garbage yet: to look through them fourteen times, as Python
         # would, is a fifteenth of what it costs.
         gc.set_threshold(50_000)
         gc.enable()
-        allocator.keep_buffers()
+        keep_freed_buffers()
 
     return server.service.inference.submit(start)
 
@@ -400,7 +403,7 @@ def load(settings: Settings, directory: Path) -> Model:
     """The model, after `fetch`; it is not run yet. Raises `RoleError`."""
     from darwin_runtime.model import self_test
 
-    return self_test.load(
+    return self_test.load_checked(
         settings.model_path or directory,
         settings.model_config,
         settings.method,
@@ -453,10 +456,10 @@ def serve_together(settings: Settings, directory: Path) -> None:
     from darwin_runtime.http import app as app_module  # noqa: F401
 
     board = SharedMetrics(settings.workers + 1)
-    with workers_module.signals() as arriving, listening(settings) as listener:
-        job = workers_module.WorkerJob(
+    with signal_socket() as arriving, listening(settings) as listener:
+        job = WorkerJob(
             listener=listener,
-            wait=lambda closed: run(make_server(settings, board, closed=closed), listener),
+            placeholder=lambda closed: run(make_server(settings, board, closed=closed), listener),
             fetch=lambda: fetch(settings, directory),
             load=lambda: load(settings, directory),
             work=lambda model, number, ready: work(settings, listener, board, lambda: model, number, ready),
@@ -465,7 +468,7 @@ def serve_together(settings: Settings, directory: Path) -> None:
             files=[listener.fileno(), board.file],
             stop_seconds=settings.drain_seconds + settings.request_timeout + SPARE_SECONDS,
         )
-        workers_module.supervise(settings.workers, job, arriving)
+        supervise(settings.workers, job, arriving)
 
 
 def _allow_files(connections: int) -> None:
@@ -499,7 +502,7 @@ def serve_as_worker(read: Reader, _: Redactor) -> None:
     listener.set_inheritable(False)
     board = SharedMetrics(settings.workers + 1, counts)
     body = partial(work, settings, listener, board, lambda: load(settings, Path()), number)
-    sys.exit(workers_module.run_worker(channel, body))
+    sys.exit(run_worker(channel, body))
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ from pathlib import Path
 import k8s_client
 from darwin_runtime import mlflow_import
 from darwin_runtime.errors import ConfigError, NotACache, RoleError, StoreUnreachable
-from darwin_runtime.logs import Redactor, format_bytes, leave, log_settings, mask_uri, run_role
+from darwin_runtime.logs import format_bytes, log_settings
+from darwin_runtime.redact import Redactor, mask_uri
+from darwin_runtime.role import leave, run_role
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import digest, disk
@@ -78,8 +80,8 @@ class Settings:
             output=Path(read.text("OUTPUT_PATH", "/models")),
             strategy=read.choice("STORAGE_STRATEGY", "emptydir", ("emptydir", "pvc")),
             cache=Path(read.text("CACHE_PATH", "/model-cache")),
-            retry=Retry(read.integer("MAX_RETRIES", 3, least=0), read.number("BACKOFF_SECONDS", 5.0, least=0)),
-            timeout_seconds=read.number("DOWNLOAD_TIMEOUT_SECONDS", transfer_module.TIMEOUT_SECONDS, least=1),
+            retry=Retry(read.integer("MAX_RETRIES", 3, minimum=0), read.number("BACKOFF_SECONDS", 5.0, minimum=0)),
+            timeout_seconds=read.number("DOWNLOAD_TIMEOUT_SECONDS", transfer_module.TIMEOUT_SECONDS, minimum=1),
             verify=read.choice("VERIFY", "size", manifest_module.VERIFY),
             required=required,
             deployment=read.text("DEPLOYMENT_NAME"),

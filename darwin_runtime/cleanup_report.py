@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
 from prometheus_client.exposition import basic_auth_handler, default_handler
 
-from darwin_runtime.logs import hide
+from darwin_runtime.redact import hide
 
 JOB = "darwin_model_cache_cleanup"
 

@@ -25,7 +25,7 @@ DEFAULTS = {
 
 # Where they are, MLflow imports them for what it does with tables. Where they aren't, as with `mlflow-skinny` alone,
 # its clients work without: in 50 MiB less, and a third of a second earlier.
-TABLES = ("pandas", "numpy")
+TABLE_LIBRARIES = ("pandas", "numpy")
 
 # Whose entry points are no plugins.
 ITSELF = ("mlflow", "mlflow-skinny", "mlflow-tracing")
@@ -43,7 +43,7 @@ def prepare(more: Mapping[str, str] = DEFAULTS, *, tables: bool = True) -> None:
         return
     collects = gc.isenabled()
     gc.disable()
-    with warnings.catch_warnings(), contextlib.nullcontext() if tables or _has_plugins() else _hidden(TABLES):
+    with warnings.catch_warnings(), contextlib.nullcontext() if tables or _has_plugins() else _hidden(TABLE_LIBRARIES):
         # It warns of its own type hints.
         warnings.simplefilter("ignore")
         import mlflow  # noqa: F401

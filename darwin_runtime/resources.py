@@ -1,8 +1,9 @@
-"""How many CPUs this process may use, and no more threads than that."""
+"""CPUs and memory of this process: the limit of its cgroups, the number of its threads, the C library's allocator."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Iterator, MutableMapping
@@ -13,6 +14,11 @@ UNLIMITED_WORKERS = 4
 
 # The pools of OpenMP (LightGBM, XGBoost, scikit-learn) and of the two BLAS that numpy may come with.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+# Of glibc's malloc.h. With another C library nothing changes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+KEPT_BYTES = 32 * 1024 * 1024
 
 
 def cpu_limit(root: Path = Path("/")) -> int:
@@ -70,3 +76,16 @@ def share_cpus(workers: int, cpus: int, environ: MutableMapping[str, str]) -> No
     if not environ.get(THREADS[0]):  # the others follow this one
         for name in THREADS:
             environ[name] = environ.get(name) or str(cpus if workers == 1 else 1)
+
+
+def return_free_memory() -> None:
+    """Return what is free to the system: after a forest of trees was read, that is half of the process's memory."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_buffers() -> None:
+    """Keep up to `KEPT_BYTES`, a thread, for the next large body: mapping it anew takes longer than reading it."""
+    with contextlib.suppress(AttributeError):
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, KEPT_BYTES)

@@ -62,25 +62,25 @@ class Reader:
         self.seen[name] = result
         return result
 
-    def integer(self, name: str, default: int, *, least: int, most: int | None = None) -> int:
-        value = self.number(name, default, least=least, most=most)
+    def integer(self, name: str, default: int, *, minimum: int, maximum: int | None = None) -> int:
+        value = self.number(name, default, minimum=minimum, maximum=maximum)
         if value != int(value):
             self.problem(name, "must be a whole number", example=str(default))
             value = default
         self.seen[name] = int(value)
         return int(value)
 
-    def number(self, name: str, default: float, *, least: float, most: float | None = None) -> float:
-        """A finite decimal number within `least` and `most`, both allowed."""
+    def number(self, name: str, default: float, *, minimum: float, maximum: float | None = None) -> float:
+        """A finite decimal number within `minimum` and `maximum`, both allowed."""
         text = self.raw(name)
         value: float = default
         if text:
-            bounds = f"of at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+            bounds = f"of at least {minimum:g}" if maximum is None else f"from {minimum:g} to {maximum:g}"
             try:
                 value = float(text)
             except ValueError:
                 value = float("nan")
-            if not (least <= value <= (float("inf") if most is None else most)) or value == float("inf"):
+            if not (minimum <= value <= (float("inf") if maximum is None else maximum)) or value == float("inf"):
                 self.problem(name, f"must be a number {bounds}", example=f"{default:g}")
                 value = default
         self.seen[name] = value

@@ -130,10 +130,10 @@ def api(tmp_path: Path) -> Iterator[ApiServer]:
 def serving_environment() -> Iterator[None]:
     """Whatever loading a model sets for good is set now, and unset again: another test may want MLflow's defaults."""
     from darwin_runtime import mlflow_import
-    from darwin_runtime.model import model
+    from darwin_runtime.model.load import SERVING
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (mlflow_import.DEFAULTS | model.SERVING).items():
+        for name, value in (mlflow_import.DEFAULTS | SERVING).items():
             patch.setenv(name, value)
         yield
 

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 import cleanup
 import darwin_serve
 import download
-from darwin_runtime.model import model as model_module
+from darwin_runtime.model.diagnose import FLAVOR_OF_PACKAGE
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import transfer
 from image import wheelhouse
@@ -907,7 +907,7 @@ def test_every_flavor_has_its_lock() -> None:
     assert sorted(path.stem for path in REQUIREMENTS.glob("*.txt")) == sorted(["dev", "runtime", "sbom", *flavors()])
     assert {"sklearn", "lightgbm", "xgboost", "catboost"} == set(default_flavors())
     # What the log tells to build with when a library is missing.
-    assert set(model_module.FLAVORS.values()) == set(flavors())
+    assert set(FLAVOR_OF_PACKAGE.values()) == set(flavors())
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])

@@ -42,9 +42,10 @@ from darwin_runtime.http.docs import Documents
 from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics
 from darwin_runtime.http.request_log import AccessLog, Line
 from darwin_runtime.http.tracing import Trace, Tracer
-from darwin_runtime.model import model as model_module
+from darwin_runtime.model.about import About
+from darwin_runtime.model.diagnose import mlflow_version
 from darwin_runtime.model.model import Model
-from darwin_runtime.model.self_test import About, example_rows
+from darwin_runtime.model.self_test import example_rows
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
 from darwin_runtime.protocols.base import TEXT, Headers, Read, Reply
@@ -391,7 +392,7 @@ def make_app(service: Service, root_path: str = "") -> ASGIApp:
         return Reply(200, b"\n")
 
     async def version(_: RequestContext) -> Reply:
-        return Reply(200, model_module.mlflow_version().encode(), TEXT)
+        return Reply(200, mlflow_version().encode(), TEXT)
 
     def darwin_failure(error: Exception) -> Reply:
         inputs = service.loaded.contract.input_schema.inputs if service.is_loaded else ()

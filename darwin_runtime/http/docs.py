@@ -16,7 +16,7 @@ from typing import Any
 
 from darwin_runtime.http import openapi as openapi_module
 from darwin_runtime.http.auth import AuthPolicy
-from darwin_runtime.model.self_test import About
+from darwin_runtime.model.about import About
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
 from darwin_runtime.protocols.base import Reply

@@ -17,15 +17,15 @@ from darwin_runtime.schema.rows import Array, Rows
 from darwin_runtime.schema.tabular import TabularSchema
 from darwin_runtime.schema.tensors import TensorSchema
 
-NUMBERS = {"integer": "int32", "long": "int64", "float": "float32", "double": "float64"}
-SCALARS = frozenset({*NUMBERS, "boolean", "string", "binary", "datetime"})
+NUMBER_DTYPES = {"integer": "int32", "long": "int64", "float": "float32", "double": "float64"}
+SCALAR_TYPES = frozenset({*NUMBER_DTYPES, "boolean", "string", "binary", "datetime"})
 
 EXTREMES = (0.0, 1.0, -1.0, 1e-40, 1e-310, 2.0**24 + 1, 1e30, math.inf, -math.inf)
 
 
 @dataclass(frozen=True)
 class Field:
-    """A column as proofs fill it: with values like the `near` ones, as requests write them. `number` is its dtype."""
+    """A column of sample rows: values like the `near` ones, as requests write them. `number` is its dtype."""
 
     near: list[Any]
     number: np.dtype[Any] | None = None
@@ -61,16 +61,16 @@ def _extremes(number: np.dtype[Any]) -> list[Any]:
     return _fit(np.array(EXTREMES), number)
 
 
-def _fields(plan: InputSchema, example: Rows | None) -> list[Field]:
+def _columns_to_fill(plan: InputSchema, example: Rows | None) -> list[Field]:
     """The columns of a table, or of an unnamed tensor that is like one."""
     if isinstance(plan, TabularSchema):
         fields = []
-        shown = _shown(example) if example else {}
+        shown = _example_columns(example) if example else {}
         for column in plan.columns:
             cell = column.datatype
-            if cell.name not in SCALARS:
+            if cell.name not in SCALAR_TYPES:
                 raise NotEquivalent(f"column {column.key!r} is of {cell.name}")
-            number = np.dtype(NUMBERS[cell.name]) if cell.name in NUMBERS else None
+            number = np.dtype(NUMBER_DTYPES[cell.name]) if cell.name in NUMBER_DTYPES else None
             near = shown.get(column.key) or ([] if number else [cell.sample])
             nulls = "null" in cell.json_schema["type"] or (not column.required and number is None)
             fields.append(Field(near, number, nulls))
@@ -84,7 +84,7 @@ def _fields(plan: InputSchema, example: Rows | None) -> list[Field]:
     raise NotEquivalent("its input is not a table" if plan.inputs else "it has no signature")
 
 
-def _shown(example: Rows) -> dict[str, list[Any]]:
+def _example_columns(example: Rows) -> dict[str, list[Any]]:
     """A table's columns by name, as requests write them."""
     columns = example.value.items() if example.names is None else zip(example.names, example.value.T, strict=True)
     return {str(name): _wire(values) for name, values in columns}
@@ -114,11 +114,11 @@ class SampleRows:
 
     @classmethod
     def of(cls, plan: InputSchema, example: Rows | None) -> SampleRows:
-        fields = _fields(plan, example)
+        fields = _columns_to_fill(plan, example)
         rng = np.random.default_rng(0)
         shown = min(example.count, 8) if example else 0
-        typical = _rows([field.typical(rng, 64, shown) for field in fields])
-        odd = _rows([field.odd() for field in fields])
+        typical = _transpose([field.typical(rng, 64, shown) for field in fields])
+        odd = _transpose([field.odd() for field in fields])
         odd.append([odd[index % len(odd)][index] for index in range(len(fields))])
         nullable = [index for index, field in enumerate(fields) if field.nulls]
         alone = [{index} for index in nullable[:3]]
@@ -130,7 +130,7 @@ class SampleRows:
         return cls(plan, fields, typical, odd + missing, missing)
 
 
-def _rows(columns: list[list[Any]]) -> list[list[Any]]:
+def _transpose(columns: list[list[Any]]) -> list[list[Any]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -142,8 +142,8 @@ def forms(plan: InputSchema, example: Rows | None) -> Iterator[Rows]:
         samples = {tensor.key: tensor.sample() for tensor in plan.tensors}
         yield plan.instances(samples if plan.named else samples[""])
     elif isinstance(plan, TabularSchema):
-        fields = _fields(plan, example)
-        full = _rows([field.odd() for field in fields])[-3:]
+        fields = _columns_to_fill(plan, example)
+        full = _transpose([field.odd() for field in fields])[-3:]
         nulls = [None if field.nulls else value for field, value in zip(fields, full[0], strict=True)]
         yield plan.split(None, full)
         yield plan.split(None, [*full, nulls], ["b", 1, "b", None])

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darwin_runtime.errors import NotACache, NotRegularFile, RoleError
-from darwin_runtime.logs import mask_uri
+from darwin_runtime.redact import mask_uri
 from darwin_runtime.storage import disk
 from darwin_runtime.storage.manifest import MANIFEST_BYTES, Manifest, summary
 

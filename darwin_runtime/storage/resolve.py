@@ -28,7 +28,7 @@ import requests
 
 from darwin_runtime import mlflow_import
 from darwin_runtime.errors import ConfigError, DamagedDownload, FileChanged, NotRegularFile, RoleError, StoreUnreachable
-from darwin_runtime.logs import mask_uri
+from darwin_runtime.redact import mask_uri
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import disk, manifest
 

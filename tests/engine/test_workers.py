@@ -32,7 +32,8 @@ TOY = """
 import logging, os, signal, socket, sqlite3, sys, threading, time
 from pathlib import Path
 from darwin_runtime.engine import workers
-from darwin_runtime.logs import RoleError
+from darwin_runtime.engine.processes import run_worker, signal_socket
+from darwin_runtime.errors import RoleError
 
 for name, value in [setting.split("=") for setting in sys.argv[2].split()]:
     setattr(workers, name, float(value))
@@ -98,12 +99,12 @@ def work(loaded, number, ready):
 if len(sys.argv) > 4:
     number = int(sys.argv[4])
     listener, channel = (socket.socket(fileno=int(number)) for number in sys.argv[5:])
-    sys.exit(workers.attend(channel, lambda ready: work(load(), number, ready)))
-with workers.signals() as arriving:
+    sys.exit(run_worker(channel, lambda ready: work(load(), number, ready)))
+with signal_socket() as arriving:
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-    workers.supervise(2, workers.Job(
-        listener=listener, wait=lambda _: answer(listener, "waiting"), fetch=lambda: None, load=load, work=work,
+    workers.supervise(2, workers.WorkerJob(
+        listener=listener, placeholder=lambda _: answer(listener, "waiting"), fetch=lambda: None, load=load, work=work,
         command=[sys.executable, *sys.argv], environ=os.environ, files=[listener.fileno()],
         stop_seconds=30 if kind != "does not end" else 0.5,
     ), arriving)
@@ -240,7 +241,7 @@ def test_a_dead_worker_is_replaced(toy: Callable[..., Toy]) -> None:
 
 
 def test_workers_that_keep_dying_are_given_longer_and_longer_pauses(toy: Callable[..., Toy]) -> None:
-    served = toy("ends by itself", "FIRST_PAUSE_SECONDS=0.001 LONGEST_PAUSE_SECONDS=0.006")
+    served = toy("ends by itself", "FIRST_PAUSE_SECONDS=0.001 MAX_PAUSE_SECONDS=0.006")
     wait_until(lambda: served.log.count("worker 2") > 12, "deaths")
     assert served.end() == 0
     pauses = re.findall(r"worker 2 .* ended with exit code 0; starting another in (\S+) s", served.log)
@@ -262,7 +263,7 @@ def test_a_worker_that_was_steady_is_replaced_without_a_long_pause(toy: Callable
 
 
 def test_one_worker_is_enough_to_go_on(toy: Callable[..., Toy]) -> None:
-    served = toy("later ones die", "FIRST_PAUSE_SECONDS=0.001 LONGEST_PAUSE_SECONDS=0.01")
+    served = toy("later ones die", "FIRST_PAUSE_SECONDS=0.001 MAX_PAUSE_SECONDS=0.01")
     wait_until(lambda: served.log.count("worker 2") > 20, "deaths")
     assert served.ask() == ("worker", *served.ready())
     assert re.search(r"worker 2 \(pid \d+\) was ended by SIGABRT", served.log)
@@ -431,7 +432,8 @@ def scores(served: Served, row: Any) -> Any:
 @contextlib.contextmanager
 def started(path: Path, proof_seconds: float = 60, **env: object) -> Iterator[Served]:
     """The role with two workers, however it ends; its copies have `proof_seconds` to prove themselves."""
-    code = f"import sys, darwin_serve as s; s.workers_module.PROOF_SECONDS = {proof_seconds}; sys.exit(s.main())"
+    code = "import sys, darwin_serve; from darwin_runtime.engine import workers; "
+    code += f"workers.PROOF_SECONDS = {proof_seconds}; sys.exit(darwin_serve.main())"
     environ = clean_environ(**{"MODEL_LOCAL_PATH": path, "HOST": "127.0.0.1", "PORT": 0, "WORKERS": 2, **env})
     process = prepared.start("-c", code, env=environ, stderr=subprocess.PIPE)
     assert process.stderr

@@ -22,7 +22,7 @@ from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.errors import ConfigError
 from darwin_runtime.http.app import Service, make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, MOST_KEYS, Guard, Keys
-from darwin_runtime.model import model
+from darwin_runtime.model.load import load_model
 from darwin_runtime.settings import Reader
 from darwin_serve import Settings
 from tests.conftest import run_role, wait_until
@@ -76,7 +76,7 @@ OPEN = sorted(EXEMPTIBLE["probes"] | EXEMPTIBLE["metrics"])
 
 def guarded(keys: Path, exempt: frozenset[str] = frozenset(OPEN)) -> Service:
     service = Service(BatchLimits(), "flowers", guard=Guard(Keys(keys), certificates=False, exempt=exempt))
-    service.use(model.load(model_path("iris")))
+    service.use(load_model(model_path("iris")))
     return service
 
 

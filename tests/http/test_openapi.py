@@ -15,7 +15,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import VERSION, Service, make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, Guard, Keys
-from darwin_runtime.model import model
+from darwin_runtime.model.load import load_model
 from tests.conftest import ROOT
 from tests.support.models import BUILDERS, IRIS, model_path
 from tests.support.servers import in_thread
@@ -105,7 +105,7 @@ def test_every_route_it_tells_is_there(ours: Callable[[str], str]) -> None:
 
 def test_it_tells_where_it_is_shown() -> None:
     service = Service(BatchLimits(), "iris")
-    service.use(model.load(model_path("iris")))
+    service.use(load_model(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for base in (url, f"{url}/models/iris"):
             whole = document(base)
@@ -118,7 +118,7 @@ def test_it_tells_how_one_gets_in(tmp_path: Path, key: bool, certificate: bool) 
     (tmp_path / "keys").write_text("a-key-for-the-document\n")
     keys = Keys(tmp_path / "keys") if key else None
     service = Service(BatchLimits(), guard=Guard(keys, certificates=certificate, exempt=EXEMPTIBLE["probes"]))
-    service.use(model.load(model_path("iris")))
+    service.use(load_model(model_path("iris")))
     whole = json.loads(service.loaded.documents.openapi("").body)
     OpenAPIV31SpecValidator(whole).validate()
     schemes: dict[str, Any] = {"bearer": ("http", "bearer"), "basic": ("http", "basic")} if key else {}

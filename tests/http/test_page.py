@@ -24,7 +24,7 @@ from selenium.webdriver.common.keys import Keys
 
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
-from darwin_runtime.model import model
+from darwin_runtime.model.load import load_model
 from tests.conftest import ROOT, http_server, program, wait_until
 from tests.support.models import BUILDERS, IRIS, model_path
 from tests.support.mounts import Mount, public_key
@@ -249,7 +249,7 @@ def _brightness(color: str) -> float:
 
 def test_behind_a_proxy(browser: Browser) -> None:
     service = Service(BatchLimits(), "iris")
-    service.use(model.load(model_path("iris")))
+    service.use(load_model(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for path in ("/models/iris", "/models/iris/", "/models/iris/docs"):
             browser.get(url + path)

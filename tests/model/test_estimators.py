@@ -19,8 +19,8 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
-from darwin_runtime.model import fast_path
-from darwin_runtime.model import model as model_module
+from darwin_runtime.model.compare import same
+from darwin_runtime.model.load import load_model
 from tests.support.models import load_pyfunc, save_estimator
 from tests.support.servers import in_thread
 
@@ -104,10 +104,10 @@ def test_estimator(service: tuple[Service, str], tmp_path: Path, kind: str, name
     model.fit(features, target(TARGETS.get(name, kind), features))
     path = save_estimator(model, tmp_path / "model", features)
 
-    loaded = model_module.load(path)
+    loaded = load_model(path)
     rows = loaded.plan.split(None, features.to_numpy().tolist())
-    quick = loaded.proven(loaded.plan.split(None, features.head(3).to_numpy().tolist()), budget=30)
-    assert fast_path.same(quick.predict(rows), loaded.predict(rows))
+    quick = loaded.with_quickest_predictor(loaded.plan.split(None, features.head(3).to_numpy().tolist()), budget=30)
+    assert same(quick.predict(rows), loaded.predict(rows))
     service[0].use(loaded)
     expected = json.loads(json.dumps(np.asarray(load_pyfunc(path).predict(features)).tolist()))
     body = {"dataframe_split": features.to_dict("split")}

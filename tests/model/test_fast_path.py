@@ -43,8 +43,8 @@ from sklearn.tree import DecisionTreeClassifier
 
 from darwin_runtime import mlflow_import
 from darwin_runtime.errors import InputError, InputRejected, PredictionFailed
-from darwin_runtime.model import fast_path
-from darwin_runtime.model import model as model_module
+from darwin_runtime.model.compare import same, splits_into
+from darwin_runtime.model.load import SERVING, load_model
 from darwin_runtime.model.model import Model
 from darwin_runtime.model.native import NotEquivalent
 from darwin_runtime.protocols import base as protocols
@@ -97,20 +97,20 @@ def loaded(model: Any, features: Any = TABLE, flavor: str = "sklearn", **options
         options["input_example"] = features[:5]
     save_model = importlib.import_module(f"mlflow.{flavor}").save_model
     path = Path(tempfile.mkdtemp(dir=_directory)) / "model"
-    return model_module.load(save(lambda at: save_model(model, at, **options, **REQUIREMENTS), path))
+    return load_model(save(lambda at: save_model(model, at, **options, **REQUIREMENTS), path))
 
 
 def proven(model: Model, *, fast: bool = True) -> Model:
     example = None
     if model.example is not None:
         example = protocols.read_invocations(model.example, {}, model.contract("")).rows
-    return model.proven(example, fast=fast, budget=60)
+    return model.with_quickest_predictor(example, fast=fast, budget=60)
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     # load() sets these for good; another test may want MLflow's defaults.
-    for name, value in (mlflow_import.DEFAULTS | model_module.SERVING).items():
+    for name, value in (mlflow_import.DEFAULTS | SERVING).items():
         monkeypatch.setenv(name, value)
 
 
@@ -137,10 +137,10 @@ def assert_answers_as_pyfunc(model: Model, quick: Model, features: Any, *, answe
                     outcomes.append(each.predict(rows))
                 except (PredictionFailed, InputRejected) as error:
                     outcomes.append((type(error), str(error)))
-        assert fast_path.same(*outcomes), (batch, outcomes)
+        assert same(*outcomes), (batch, outcomes)
     if answered:
-        assert quick.path.predict_array
-        quick.path.predict_array(model.plan.split(None, cells))
+        assert quick.predictor.predict_array
+        quick.predictor.predict_array(model.plan.split(None, cells))
 
 
 ON_ARRAYS: dict[str, Callable[[], Model]] = {
@@ -227,22 +227,22 @@ def test_on_arrays_and_batched(name: str) -> None:
         warnings.simplefilter("ignore")
         model = ON_ARRAYS[name]()
     quick = proven(model)
-    assert quick.path.predict_array, quick.path.description
-    assert quick.batchable, quick.path.description
-    assert quick.path.description.startswith("predicts on arrays with ")
-    assert quick.path.description.endswith("; rows may be batched")
+    assert quick.predictor.predict_array, quick.predictor.description
+    assert quick.batchable, quick.predictor.description
+    assert quick.predictor.description.startswith("predicts on arrays with ")
+    assert quick.predictor.description.endswith("; rows may be batched")
     assert_answers_as_pyfunc(model, quick, TABLE)
 
 
 def not_on_arrays(model: Model, why: str) -> Model:
     quick = proven(model)
-    assert quick.path.predict_array is None
-    assert why in quick.path.description
+    assert quick.predictor.predict_array is None
+    assert why in quick.predictor.description
     return quick
 
 
 def without_check(model: Model) -> bool:
-    return "without a second check of the schema" in model.path.description
+    return "without a second check of the schema" in model.predictor.description
 
 
 def test_text_stays_in_tables_but_is_batched() -> None:
@@ -287,9 +287,9 @@ def test_rows_that_depend_on_others_are_not_batched() -> None:
     """Made of known code only, so that the rows themselves must show it."""
     model = loaded(make_pipeline(FunctionTransformer(scale), Ridge()).fit(TABLE, NUMBER))
     quick = proven(model)
-    assert quick.path.predict_array
+    assert quick.predictor.predict_array
     assert not quick.batchable
-    assert "depends on the rows beside it" in quick.path.description
+    assert "depends on the rows beside it" in quick.predictor.description
     assert_answers_as_pyfunc(model, quick, TABLE)
 
 
@@ -305,7 +305,7 @@ def test_threads_of_a_forest_are_left_to_it() -> None:
     forest = RandomForestClassifier(20, random_state=0, n_jobs=2).fit(TABLE, WORD)
     model = loaded(forest)
     quick = proven(model)
-    assert quick.path.predict_array
+    assert quick.predictor.predict_array
     assert model.pyfunc.get_raw_model().n_jobs == 2
     rows = model.plan.split(None, values(TABLE, slice(0, 20)))
     assert quick.predict(rows).tolist() == model.predict(rows).tolist()
@@ -320,34 +320,34 @@ def test_numbers_of_several_types() -> None:
         loaded(make_pipeline(StandardScaler(), Ridge()).fit(table[["n"]], NUMBER), table[["n"]]),
     ):
         quick = proven(model)
-        assert quick.path.predict_array
+        assert quick.predictor.predict_array
         assert quick.batchable
         names = [column.key for column in model.plan.columns]  # type: ignore[union-attr]
         cells = [dict(zip(names, row, strict=True)) for row in values(table[names].astype(object), slice(0, 9))]
         rows = model.plan.records(cells)
-        assert fast_path.same(quick.predict(rows), model.predict(rows))
-        quick.path.predict_array(rows)
+        assert same(quick.predict(rows), model.predict(rows))
+        quick.predictor.predict_array(rows)
     rows = model.plan.records([{"n": 2**62 + 1}])
-    assert fast_path.same(quick.predict(rows), model.predict(rows))
+    assert same(quick.predict(rows), model.predict(rows))
 
 
 def test_integers_that_are_no_floats_go_through_tables() -> None:
     table = pd.DataFrame({"n": np.arange(20) * 2**40, "x": np.linspace(0, 1, 20)})
     model = loaded(DecisionTreeClassifier(random_state=0).fit(table, np.arange(20) % 3), table)
     quick = proven(model)
-    assert quick.path.predict_array
-    quick.path.predict_array(model.plan.records([{"n": 5, "x": 0.5}]))
+    assert quick.predictor.predict_array
+    quick.predictor.predict_array(model.plan.records([{"n": 5, "x": 0.5}]))
     large = model.plan.records([{"n": 2**54 + 1, "x": 0.5}])
     with pytest.raises(NotEquivalent):
-        quick.path.predict_array(large)
-    assert fast_path.same(quick.predict(large), model.predict(large))
+        quick.predictor.predict_array(large)
+    assert same(quick.predict(large), model.predict(large))
 
 
 def test_a_tensor_that_is_a_table() -> None:
     features = TABLE.to_numpy()
     model = loaded(make_pipeline(StandardScaler(), LogisticRegression()).fit(features, WORD), features)
     quick = proven(model)
-    assert quick.path.predict_array
+    assert quick.predictor.predict_array
     assert quick.batchable
     assert_answers_as_pyfunc(model, quick, features)
 
@@ -356,9 +356,9 @@ def test_optional_columns_may_be_absent() -> None:
     signature = ModelSignature(Schema([ColSpec("double", name, required=name == "a") for name in NAMES]))
     model = loaded(HistGradientBoostingClassifier(max_iter=5).fit(HOLES, WORD), HOLES, signature=signature)
     quick = proven(model)
-    assert quick.path.predict_array
+    assert quick.predictor.predict_array
     full, absent = (model.plan.records([row]) for row in (dict.fromkeys(NAMES, 0.5), {"a": 0.5}))
-    assert fast_path.same(quick.predict(full), model.predict(full))
+    assert same(quick.predict(full), model.predict(full))
     with pytest.raises(InputRejected, match="feature names") as expected:
         model.predict(absent)
     with pytest.raises(InputRejected) as found:
@@ -383,13 +383,13 @@ def test_without_an_example() -> None:
         ),
     ):
         quick = proven(model)
-        assert quick.path.predict_array
+        assert quick.predictor.predict_array
         assert quick.batchable
         assert_answers_as_pyfunc(model, quick, TABLE)
 
 
 def test_without_a_signature_nothing_is_known_of_the_rows() -> None:
-    quick = not_on_arrays(model_module.load(model_path("no_signature")), "it has no signature")
+    quick = not_on_arrays(load_model(model_path("no_signature")), "it has no signature")
     assert not quick.batchable
     rows = quick.plan.features([[5.1, 3.5, 1.4, 0.2]])
     assert quick.predict(rows).tolist() == [0]
@@ -400,11 +400,11 @@ def test_params_are_enforced_and_have_their_defaults() -> None:
     signature = ModelSignature(infer_signature(TABLE).inputs, params=params)
     model = loaded(xgboost.XGBRegressor(n_estimators=5).fit(TABLE, YES), TABLE, "xgboost", signature=signature)
     quick = proven(model)
-    assert quick.path.predict_array
+    assert quick.predictor.predict_array
     assert not quick.batchable
     rows = model.plan.split(None, values(TABLE, slice(0, 5)))
     for given in ({}, {"output_margin": True}):
-        assert fast_path.same(quick.predict(rows, given), model.predict(rows, given))
+        assert same(quick.predict(rows, given), model.predict(rows, given))
     with pytest.raises(InputRejected, match="Invalid parameters") as caught:
         quick.predict(rows, {"output_margin": "no"})
     assert caught.value.by_schema
@@ -420,23 +420,23 @@ def test_defaults_of_params_count() -> None:
 
 @pytest.mark.parametrize("name", ["typed", "optional", "params", "tensors", "any_length", "untyped", "one_column"])
 def test_any_flavor_may_do_without_the_check_of_the_schema(name: str) -> None:
-    quick = proven(model_module.load(model_path(name)))
+    quick = proven(load_model(model_path(name)))
     assert without_check(quick)
-    assert quick.path.predict_array is None
+    assert quick.predictor.predict_array is None
     assert not quick.batchable
-    assert "may run any code" in quick.path.description
+    assert "may run any code" in quick.predictor.description
 
 
 @pytest.mark.parametrize(
     ("name", "why"), [("nested", "is of array of double"), ("words", "tensors of text"), ("hinted", "type hints")]
 )
 def test_where_mlflow_has_a_say_its_check_stays(name: str, why: str) -> None:
-    quick = not_on_arrays(proven(model_module.load(model_path(name))), why)
+    quick = not_on_arrays(proven(load_model(model_path(name))), why)
     assert not without_check(quick)
 
 
 def test_params_of_python_models() -> None:
-    model = model_module.load(model_path("params"))
+    model = load_model(model_path("params"))
     quick = proven(model)
     rows = model.plan.records([{"a": 1, "b": 2}])
     for given in ({}, {"factor": 3, "weights": [1], "since": "2025-01-01"}):
@@ -448,22 +448,22 @@ def test_params_of_python_models() -> None:
 def test_switched_off_rows_may_still_be_batched() -> None:
     model = ON_ARRAYS["forest"]()
     quick = proven(model, fast=False)
-    assert quick.path.predict_array is None
-    assert quick.path.description == "predicts through pyfunc; FAST_PATH=off; rows may be batched"
+    assert quick.predictor.predict_array is None
+    assert quick.predictor.description == "predicts through pyfunc; FAST_PATH=off; rows may be batched"
 
 
 def test_a_slow_model_is_not_proven() -> None:
-    quick = ON_ARRAYS["forest"]().proven(budget=0)
-    assert quick.path.predict_array is None
+    quick = ON_ARRAYS["forest"]().with_quickest_predictor(budget=0)
+    assert quick.predictor.predict_array is None
     assert not quick.batchable
-    assert "the proof takes more than 0 s" in quick.path.description
+    assert "the proof takes more than 0 s" in quick.predictor.description
 
 
 def test_what_is_the_same() -> None:
     table = pd.DataFrame({"a": [1.0, np.nan], "b": ["x", None]})
     alike: list[Any] = [1, "a", None, np.array([np.nan, -0.0]), [1, {"a": np.array(["x"], object)}], table, table["b"]]
     for value in alike:
-        assert fast_path.same(value, value)
+        assert same(value, value)
     for one, other in [
         (1, 1.0),
         (np.array([0.0]), np.array([-0.0])),
@@ -478,19 +478,19 @@ def test_what_is_the_same() -> None:
         (table, table.assign(a=[1.0, 2.0])),
         (table["a"], table["a"].astype(np.float32)),
     ]:
-        assert not fast_path.same(one, other)
+        assert not same(one, other)
 
 
 def test_what_is_made_of_an_answer_for_each_row() -> None:
     table = pd.DataFrame({"a": [1.0, 2.0, np.nan], "b": ["x", "y", "z"]})
     for whole in (table, table["a"], table["a"].to_numpy(), table["b"].to_numpy(), [1, 2.5, "x"], np.eye(3)):
         parts = [whole.iloc[i : i + 1] if hasattr(whole, "iloc") else whole[i : i + 1] for i in range(3)]
-        assert fast_path._splits_into(whole, parts)
-        assert not fast_path._splits_into(whole, parts[:2])
-        assert not fast_path._splits_into(whole, parts[::-1])
+        assert splits_into(whole, parts)
+        assert not splits_into(whole, parts[:2])
+        assert not splits_into(whole, parts[::-1])
     large = np.array([[1e9, 1.0], [1.0, 1e-9]])
     for near, close in [([1.5, 1.5e-9], True), ([1.0, 3e-9], False), ([3.0, 1e-9], False)]:
-        assert fast_path._splits_into(large, [large[:1], np.array([near])]) is close
+        assert splits_into(large, [large[:1], np.array([near])]) is close
     for whole, part in [
         (np.array(["x", "long"]), np.array(["x"])),
         (np.array([1.0]), np.array([1])),
@@ -499,7 +499,7 @@ def test_what_is_made_of_an_answer_for_each_row() -> None:
         (table[:1], table[["a"]][:1]),
         ({"a": 1}, {"a": 1}),
     ]:
-        assert not fast_path._splits_into(whole, [part] * len(whole))
+        assert not splits_into(whole, [part] * len(whole))
 
 
 def test_times_and_bytes_beside_numbers() -> None:
@@ -513,12 +513,12 @@ def test_times_and_bytes_beside_numbers() -> None:
     assert quick.batchable
     row = dict.fromkeys(NAMES, 0.5) | {"when": "2024-01-01", "blob": "AP8="}
     rows = model.plan.records([row, row])
-    assert fast_path.same(quick.predict(rows), model.predict(rows))
+    assert same(quick.predict(rows), model.predict(rows))
 
 
 @pytest.mark.parametrize("estimator", [LogisticRegression(max_iter=1000), RandomForestClassifier(5)])
 def test_a_model_of_other_columns_than_its_signature_only_fails(estimator: Any) -> None:
     model = loaded(estimator.fit(TABLE.to_numpy(), WORD), TABLE[["a", "b"]], input_example=None)
     quick = not_on_arrays(model, "no row is known that it answers")
-    assert "it answers too few made-up rows" in quick.path.description
+    assert "it answers too few made-up rows" in quick.predictor.description
     assert not quick.batchable

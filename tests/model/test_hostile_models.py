@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from darwin_runtime.errors import RoleError
-from darwin_runtime.model import model as model_module
-from darwin_runtime.model import self_test
+from darwin_runtime.model.about import about_model
+from darwin_runtime.model.load import load_model
+from darwin_runtime.model.self_test import load_checked
 from tests.conftest import run_role
 from tests.support.models import model_path
 from tests.support.servers import serving
@@ -67,21 +68,21 @@ def test_no_path_leads_out_of_a_model(
     (iris.parent / "secret.json").write_text('{"inputs": [["s3cr3t"]]}')
     describe(iris, place(name))
     with pytest.raises(RoleError, match="leads out of the model: it is not loaded") as caught:
-        self_test.load(iris)
+        load_checked(iris)
     assert "s3cr3t" not in str(caught.value)
 
 
 def test_where_models_from_code_once_were_is_no_path_out_of_them(iris: Path) -> None:
     """MLflow keeps the whole path of where the file was and takes the last part."""
     describe(iris, flavor("python_function", "model_code_path", "/home/me/agent.py"))
-    self_test.load(iris)
+    load_checked(iris)
 
 
 def test_an_example_that_is_a_link_to_elsewhere_is_not_shown(iris: Path, caplog: pytest.LogCaptureFixture) -> None:
     (iris.parent / "secret.json").write_text('{"inputs": [["s3cr3t"]]}')
     (iris / "serving_input_example.json").unlink()
     (iris / "serving_input_example.json").symlink_to(iris.parent / "secret.json")
-    assert model_module.load(iris).example is None
+    assert load_model(iris).example is None
     assert "a link that leads out of the model" in caplog.text
 
 
@@ -121,7 +122,7 @@ def test_what_is_no_file_is_named(name: str, make: Callable[[Path], None], iris:
     (iris / name).unlink(missing_ok=True)
     make(iris / name)
     with pytest.raises(RoleError, match=f"{name} is a pipe, socket or device where a model has files"):
-        self_test.load(iris)
+        load_checked(iris)
 
 
 def test_the_role_ends_instead_of_waiting_for_a_pipe(iris: Path) -> None:
@@ -183,21 +184,21 @@ def test_a_source_that_goes_round_in_circles_ends(iris: Path, tmp_path: Path) ->
 def test_a_description_that_makes_no_sense_is_told(text: bytes, iris: Path) -> None:
     (iris / "MLmodel").write_bytes(text)
     with pytest.raises(RoleError):
-        self_test.load(iris)
+        load_checked(iris)
 
 
 def test_a_description_without_an_end_is_not_read(iris: Path) -> None:
     with (iris / "MLmodel").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(RoleError, match="has more than 16777216 bytes"):
-        self_test.load(iris)
+        load_checked(iris)
 
 
 def test_an_example_or_requirements_without_an_end_are_left_out(iris: Path) -> None:
     for name in ("serving_input_example.json", "requirements.txt"):
         with (iris / name).open("wb") as file:
             file.truncate(1 << 40)
-    assert model_module.load(iris).example is None
+    assert load_model(iris).example is None
 
 
 def test_names_that_are_no_text_do_not_keep_a_model_from_being_served(iris: Path) -> None:
@@ -213,26 +214,26 @@ def test_names_that_are_no_text_do_not_keep_a_model_from_being_served(iris: Path
 def test_odd_values_are_shown_or_refused_in_words(key: str, value: object, iris: Path) -> None:
     describe(iris, lambda description: description.update({key: value}))
     try:
-        model = self_test.load(iris)
+        model = load_checked(iris)
     except RoleError:
         return
-    json.dumps(self_test.about(model).__dict__)
+    json.dumps(about_model(model).__dict__)
 
 
 def test_links_to_nothing_and_rings_of_links_are_no_files(iris: Path) -> None:
     (iris / "gone").symlink_to("nothing")
     (iris / "ring").symlink_to("ring")
     with pytest.raises(RoleError, match="ring"):
-        self_test.load(iris)
+        load_checked(iris)
     (iris / "ring").unlink()
-    self_test.load(iris)
+    load_checked(iris)
 
 
 def test_bytecode_is_not_left_beside_a_model_s_code(iris: Path) -> None:
     (iris / "code").mkdir()
     (iris / "code" / "darwin_test_of_bytecode.py").write_text("")
     describe(iris, flavor("python_function", "code", "code"))
-    self_test.load(iris)
+    load_checked(iris)
     import importlib
 
     importlib.import_module("darwin_test_of_bytecode")

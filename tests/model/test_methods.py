@@ -19,7 +19,8 @@ from sklearn.svm import LinearSVC
 
 from darwin_runtime.engine.batching import Batcher, BatchLimits, InferenceThread, PredictionRequest
 from darwin_runtime.errors import RoleError
-from darwin_runtime.model import model as model_module
+from darwin_runtime.model.load import load_model
+from darwin_runtime.model.model import Model
 from darwin_runtime.model.self_test import example_rows, make_ready
 from darwin_runtime.schema.rows import Rows
 from tests.conftest import run_role
@@ -32,7 +33,7 @@ TABLE, TARGET = iris_table()
 IRIS_ROWS = [IRIS, {**IRIS, "petal length (cm)": 1.0}]
 
 
-def iris_rows(model: model_module.Model, count: int = 5) -> Rows:
+def iris_rows(model: Model, count: int = 5) -> Rows:
     return model.plan.split(None, TABLE.head(count).to_numpy().tolist())
 
 
@@ -44,16 +45,16 @@ CLASSIFIER = make_pipeline(StandardScaler(), RandomForestClassifier(10, random_s
 def test_the_estimator_s_own_answer(tmp_path: Path, method: str, fast: bool) -> None:
     directory = save_estimator(CLASSIFIER, tmp_path / "model", TABLE)
     with np.errstate(divide="ignore"):
-        model = model_module.load(directory, method=method).proven(fast=fast)
-        assert model.path.batchable
-        assert bool(model.path.predict_array) == fast
+        model = load_model(directory, method=method).with_quickest_predictor(fast=fast)
+        assert model.predictor.batchable
+        assert bool(model.predictor.predict_array) == fast
         expected = getattr(CLASSIFIER, method)(TABLE.head(5))
         np.testing.assert_array_equal(model.predict(iris_rows(model)), expected)
         other = "predict_proba" if method == "predict" else "predict"
         np.testing.assert_array_equal(
             model.predict(iris_rows(model), method=other), getattr(CLASSIFIER, other)(TABLE.head(5))
         )
-    assert ("on arrays" in model.path.description) == fast
+    assert ("on arrays" in model.predictor.description) == fast
 
 
 @pytest.mark.parametrize(
@@ -65,14 +66,14 @@ def test_the_estimator_s_own_answer(tmp_path: Path, method: str, fast: bool) -> 
     ],
 )
 def test_what_a_model_offers(tmp_path: Path, estimator: Any, methods: list[str]) -> None:
-    contract = model_module.load(save_estimator(estimator, tmp_path / "model", TABLE)).contract("m")
+    contract = load_model(save_estimator(estimator, tmp_path / "model", TABLE)).contract("m")
     assert list(contract.methods) == methods
     assert contract.classes == (None if isinstance(estimator, IsolationForest) else [0, 1, 2])
 
 
 def test_boosters_and_the_models_of_others_offer_nothing_else() -> None:
-    assert model_module.load(model_path("untyped")).contract("m").methods == ("predict",)
-    assert model_module.load(model_path("params")).contract("m").methods == ("predict",)
+    assert load_model(model_path("untyped")).contract("m").methods == ("predict",)
+    assert load_model(model_path("params")).contract("m").methods == ("predict",)
 
 
 def test_a_model_logged_with_another_method(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_model_logged_with_another_method(tmp_path: Path) -> None:
         ),
         tmp_path / "model",
     )
-    model = model_module.load(directory)
+    model = load_model(directory)
     assert model.contract("m").method == "predict_proba"
     np.testing.assert_array_equal(model.predict(iris_rows(model)), CLASSIFIER.predict_proba(TABLE.head(5)))
     np.testing.assert_array_equal(model.predict(iris_rows(model), method="predict"), CLASSIFIER.predict(TABLE.head(5)))
@@ -95,16 +96,14 @@ def test_a_model_logged_with_another_method(tmp_path: Path) -> None:
 
 def test_a_method_that_the_model_has_not(tmp_path: Path) -> None:
     with pytest.raises(RoleError, match="has no predict_proba: PREDICT_METHOD may be predict, decision_function"):
-        model_module.load(
-            save_estimator(LinearSVC().fit(TABLE, TARGET), tmp_path / "model", TABLE), method="predict_proba"
-        )
+        load_model(save_estimator(LinearSVC().fit(TABLE, TARGET), tmp_path / "model", TABLE), method="predict_proba")
     done = run_role("darwin_serve.py", MODEL_LOCAL_PATH=model_path("untyped"), PREDICT_METHOD="transform", PORT=0)
     assert (done.code, "PREDICT_METHOD may be predict" in done.last) == (1, True)
 
 
 def test_only_the_proven_method_is_batched() -> None:
 
-    model = make_ready(model_module.load(model_path("iris")), "iris", fast_path=True)
+    model = make_ready(load_model(model_path("iris")), "iris", fast_path=True)
     rows = example_rows(model)
     assert rows is not None
     calls: list[tuple[int, str]] = []

@@ -12,7 +12,7 @@ SCRIPT = """
 import sys
 from darwin_runtime import mlflow_import
 mlflow_import.prepare(tables=False)
-print(sorted(set(mlflow_import.TABLES) & sys.modules.keys()))
+print(sorted(set(mlflow_import.TABLE_LIBRARIES) & sys.modules.keys()))
 import mlflow, pandas
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 print(get_artifact_repository("s3://bucket/model").artifact_uri, pandas.DataFrame({"x": [1]}).shape)

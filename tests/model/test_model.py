@@ -18,14 +18,15 @@ import yaml
 
 from darwin_runtime import mlflow_import
 from darwin_runtime.errors import InputRejected, PredictionFailed, RoleError
-from darwin_runtime.model import model as model_module
+from darwin_runtime.model.load import SERVING, load_model
+from darwin_runtime.model.mlmodel import find_model, read_example
 from tests.support.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     # load() sets these for good; another test may want MLflow's defaults.
-    for name, value in (mlflow_import.DEFAULTS | model_module.SERVING).items():
+    for name, value in (mlflow_import.DEFAULTS | SERVING).items():
         monkeypatch.setenv(name, value)
 
 
@@ -46,12 +47,12 @@ def test_where_a_model_is_found(tmp_path: Path, iris: Path) -> None:
     inside = tmp_path / "output"
     inside.mkdir()
     (inside / "model").symlink_to(iris)
-    assert model_module.find_model(iris) == iris
-    assert model_module.find_model(inside) == iris, "MLflow opens no links that lead out of a model's directory"
-    assert model_module.find_model(iris / "model") == iris
+    assert find_model(iris) == iris
+    assert find_model(inside) == iris, "MLflow opens no links that lead out of a model's directory"
+    assert find_model(iris / "model") == iris
     (iris / "model").symlink_to(".")
-    assert model_module.find_model(iris / "model") == iris
-    assert model_module.find_model(iris) == iris
+    assert find_model(iris / "model") == iris
+    assert find_model(iris) == iris
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_where_a_model_is_found(tmp_path: Path, iris: Path) -> None:
 def test_no_model(tmp_path: Path, make: Callable[[Path], None], path: str, says: str) -> None:
     make(tmp_path)
     with pytest.raises(RoleError, match=says) as caught:
-        model_module.find_model(tmp_path / path)
+        find_model(tmp_path / path)
     assert str(tmp_path / path) in str(caught.value)
 
 
@@ -79,14 +80,14 @@ def test_no_model(tmp_path: Path, make: Callable[[Path], None], path: str, says:
 def test_a_damaged_description_is_named(iris: Path, content: bytes) -> None:
     (iris / "MLmodel").write_bytes(content)
     with pytest.raises(RoleError, match=str(iris / "MLmodel")) as caught:
-        model_module.load(iris)
+        load_model(iris)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_without_a_python_function_says_what_it_has(iris: Path) -> None:
     edit(iris, lambda description: description["flavors"].pop("python_function"))
     with pytest.raises(RoleError, match="no python_function flavor \\(it has: sklearn\\)"):
-        model_module.load(iris)
+        load_model(iris)
 
 
 @pytest.mark.parametrize("size", [0, 10, -100])
@@ -97,7 +98,7 @@ def test_a_truncated_model_is_named(tmp_path: Path, kind: str, size: int) -> Non
     content = file.read_bytes()
     file.write_bytes(content[:size])
     with pytest.raises(RoleError) as caught:
-        model_module.load(directory)
+        load_model(directory)
     assert str(file) in str(caught.value)
     assert ("is empty" if size == 0 else f"{len(content[:size])} bytes") in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -106,7 +107,7 @@ def test_a_truncated_model_is_named(tmp_path: Path, kind: str, size: int) -> Non
 def test_a_missing_data_file_is_named(iris: Path) -> None:
     (iris / "model.skops").unlink()
     with pytest.raises(RoleError, match=f"{iris / 'model.skops'} is missing"):
-        model_module.load(iris)
+        load_model(iris)
 
 
 def test_a_missing_library_is_named_with_the_version_asked_for(iris: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_missing_library_is_named_with_the_version_asked_for(iris: Path) -> No
     with (iris / "requirements.txt").open("a") as file:
         file.write("\n# a comment\n--index-url=https://example.com\nNoSuchFlavor[gpu]==3.2.1 ; python_version > '3'\n")
     with pytest.raises(RoleError, match="library nosuchflavor, which is not installed") as caught:
-        model_module.load(iris)
+        load_model(iris)
     assert "NoSuchFlavor[gpu]==3.2.1" in str(caught.value)
     assert str(caught.value).endswith("build the image with the model's requirements.txt as its MODEL_REQUIREMENTS")
 
@@ -122,7 +123,7 @@ def test_a_missing_library_is_named_with_the_version_asked_for(iris: Path) -> No
 def test_a_missing_library_nobody_listed(iris: Path) -> None:
     edit(iris, lambda description: description["flavors"]["python_function"].update(loader_module="nosuchflavor"))
     with pytest.raises(RoleError, match=r"nosuchflavor, which is not installed .*does not list it"):
-        model_module.load(iris)
+        load_model(iris)
 
 
 def test_the_library_that_reads_the_model_file_is_missing(iris: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_the_library_that_reads_the_model_file_is_missing(iris: Path, monkeypatc
     with pytest.raises(
         RoleError, match=r"skops, which is not installed \(the model asks for skops==0\.13\.0\)"
     ) as caught:
-        model_module.load(iris)
+        load_model(iris)
     assert str(caught.value).endswith("build the image with sklearn among its FLAVORS")
 
 
@@ -142,7 +143,7 @@ def test_other_versions_are_logged_in_one_line(iris: Path, caplog: pytest.LogCap
     (iris / "requirements.txt").write_text("scikit-learn==0.1\nnumpy\nmlflow==1.2\nabsent-package==4\n")
     edit(iris, lambda description: description["flavors"]["python_function"].update(python_version="3.7.1"))
     with caplog.at_level(logging.WARNING):
-        model_module.load(iris)
+        load_model(iris)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("the model was made with other versions: scikit-learn==0.1 (")
     for part in (
@@ -159,19 +160,19 @@ def test_other_versions_are_told_again_when_loading_fails(iris: Path) -> None:
     (iris / "requirements.txt").write_text("scikit-learn==0.1\n")
     (iris / "model.skops").write_bytes(b"junk")
     with pytest.raises(RoleError, match=r"made with other versions: scikit-learn==0\.1"):
-        model_module.load(iris)
+        load_model(iris)
 
 
 def test_no_warning_when_the_versions_agree(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        model = model_module.load(model_path("iris"))
+        model = load_model(model_path("iris"))
     assert caplog.records == []
     assert model.flavors == ("sklearn",)
     assert model.example is not None
 
 
 def test_predictions_are_pyfuncs() -> None:
-    model = model_module.load(model_path("iris"))
+    model = load_model(model_path("iris"))
     features, _ = iris_table()
     rows = model.plan.split(list(features.columns), features.to_numpy().tolist())
     expected = load_pyfunc(model_path("iris")).predict(features)
@@ -181,7 +182,7 @@ def test_predictions_are_pyfuncs() -> None:
 @pytest.mark.parametrize(("kind", "row"), [("typed", TYPED_ROW), ("nested", NESTED_ROW)])
 def test_enforcement_by_mlflow_changes_nothing(kind: str, row: dict[str, Any]) -> None:
     """What we hand to pyfunc has the dtypes that its signature asks for already."""
-    model = model_module.load(model_path(kind))
+    model = load_model(model_path(kind))
     frame = model.plan.records([row, row]).for_model()
     seen = model.predict(model.plan.records([row, row]))
     if kind == "typed":
@@ -196,7 +197,7 @@ def test_enforcement_by_mlflow_changes_nothing(kind: str, row: dict[str, Any]) -
 
 
 def test_params_reach_the_model_and_defaults_apply() -> None:
-    model = model_module.load(model_path("params"))
+    model = load_model(model_path("params"))
     rows = model.plan.records([{"a": 1, "b": 2}])
     given = model.params.parse({"factor": 3, "weights": [1], "since": "2025-01-01"})
     (answer,) = model.predict(rows, given)
@@ -208,7 +209,7 @@ def test_params_reach_the_model_and_defaults_apply() -> None:
 
 
 def test_who_is_to_blame() -> None:
-    checked, unchecked = (model_module.load(model_path(kind)) for kind in ("answers", "untyped_answers"))
+    checked, unchecked = (load_model(model_path(kind)) for kind in ("answers", "untyped_answers"))
     with pytest.raises(PredictionFailed, match="RuntimeError: the model is out of sorts"):
         checked.predict(checked.plan.records([{"form": "raise"}]))
     with pytest.raises(PredictionFailed, match="KeyError"):
@@ -231,25 +232,25 @@ def test_a_description_cut_between_lines_is_truncated(iris: Path) -> None:
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[: lines.index(next(line for line in lines if line.startswith("mlflow_version")))]))
     with pytest.raises(RoleError, match=f"{file} ends before"):
-        model_module.load(iris)
+        load_model(iris)
 
 
 def test_an_impossible_date_in_the_description_is_named(iris: Path) -> None:
     file = iris / "MLmodel"
     file.write_text(file.read_text() + "\nwhen: 2024-13-45\n")
     with pytest.raises(RoleError, match=str(file)):
-        model_module.load(iris)
+        load_model(iris)
 
 
 def test_an_odd_example_entry_is_no_example(iris: Path) -> None:
     edit(iris, lambda description: description.update(saved_input_example_info=3))
     description = yaml.safe_load((iris / "MLmodel").read_text())
-    assert model_module._example(iris, description) is None
+    assert read_example(iris, description) is None
 
 
 def test_an_example_with_nan_is_a_request(iris: Path) -> None:
     (iris / "serving_input_example.json").write_text('{"dataframe_records": [{"a": NaN}]}')
-    model = model_module.load(iris)
+    model = load_model(iris)
     assert model.example is not None
     assert json.loads(model.example) == {"dataframe_records": [{"a": None}]}
 
@@ -261,11 +262,11 @@ def test_a_place_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.M
     # Root, who runs the tests in CI, may look everywhere.
     monkeypatch.setattr(Path, "stat", denied)
     with pytest.raises(RoleError, match="Permission denied"):
-        model_module.find_model(tmp_path)
+        find_model(tmp_path)
 
 
 def test_type_hints_are_mlflows_to_check() -> None:
-    model = model_module.load(model_path("hinted"))
+    model = load_model(model_path("hinted"))
     assert model.predict(model.plan.instances([{"a": 1, "b": 2}])) == [3]
     assert model.predict(model.plan.features({"a": 1})) == [1]
     with pytest.raises(InputRejected) as caught:
@@ -275,5 +276,5 @@ def test_type_hints_are_mlflows_to_check() -> None:
 
 def test_a_model_cannot_change_what_was_in_the_environment(iris: Path) -> None:
     before = dict(os.environ)
-    model_module.load(iris)
+    load_model(iris)
     assert dict(os.environ) == before

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from darwin_runtime import logs
+from darwin_runtime import role
 from darwin_runtime.errors import ConfigError, RoleError
-from darwin_runtime.logs import LONGEST, Redactor, log_settings, run_role, set_up
+from darwin_runtime.logs import log_settings, set_up_logging
+from darwin_runtime.redact import MAX_CHARACTERS, Redactor
+from darwin_runtime.role import run_role
 from darwin_runtime.settings import Reader
 
 PASSWORD = "correct horse/battery?"
@@ -77,14 +79,14 @@ def test_ordinary_variables_are_not_masked() -> None:
 
 
 def test_settings_are_one_masked_line(capsys: pytest.CaptureFixture[str]) -> None:
-    redact = set_up(Reader(ENVIRON))
+    redact = set_up_logging(Reader(ENVIRON))
     log_settings({"HOST": "::", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "MLFLOW_TRACKING_URI": "http://a:b@h"}, redact)
     line = capsys.readouterr().err.strip()
     assert line.endswith("settings: HOST=:: MLFLOW_TRACKING_PASSWORD=*** MLFLOW_TRACKING_URI=http://***@h")
 
 
 def test_json_lines_where_machines_read(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up(Reader({"ENV": "production", "SERVICE_NAME": "iris", **ENVIRON}))
+    set_up_logging(Reader({"ENV": "production", "SERVICE_NAME": "iris", **ENVIRON}))
     try:
         raise ValueError(PASSWORD)
     except ValueError:
@@ -106,13 +108,13 @@ def test_json_lines_where_machines_read(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_format(environ: Mapping[str, str], json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    set_up(Reader(environ))
+    set_up_logging(Reader(environ))
     logging.getLogger("darwin").info("hello")
     assert capsys.readouterr().err.startswith("{") is json_lines
 
 
 def test_libraries_stay_quiet_at_debug(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up(Reader({"LOG_LEVEL": "DEBUG"}))
+    set_up_logging(Reader({"LOG_LEVEL": "DEBUG"}))
     logging.getLogger("urllib3").debug("a whole request")
     logging.getLogger("darwin.fetch").debug("ours")
     err = capsys.readouterr().err
@@ -120,7 +122,7 @@ def test_libraries_stay_quiet_at_debug(capsys: pytest.CaptureFixture[str]) -> No
     assert "a whole request" not in err
 
 
-def _raise(error: Exception) -> logs.Body:
+def _raise(error: Exception) -> role.RoleBody:
     def body(_read: Reader, _redact: Redactor) -> None:
         raise error
 
@@ -145,21 +147,21 @@ def test_how_a_role_ends(
 ) -> None:
     log = tmp_path / "termination-log"
     log.touch()
-    monkeypatch.setattr(logs, "TERMINATION_LOG", log)
+    monkeypatch.setattr(role, "TERMINATION_LOG", log)
     assert run_role(_raise(error), ENVIRON) == code
     assert log.read_text() == message
     assert PASSWORD not in capsys.readouterr().err
 
 
 def test_no_termination_log_is_made_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(logs, "TERMINATION_LOG", tmp_path / "termination-log")
+    monkeypatch.setattr(role, "TERMINATION_LOG", tmp_path / "termination-log")
     assert run_role(_raise(RoleError("x")), {}) == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bad_log_level_is_told_with_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     def body(read: Reader, _redact: Redactor) -> None:
-        read.integer("PORT", 8000, least=0)
+        read.integer("PORT", 8000, minimum=0)
         read.finish()
 
     assert run_role(body, {"LOG_LEVEL": "loud", "PORT": "x"}) == 2
@@ -171,7 +173,7 @@ def test_a_bad_log_level_is_told_with_the_rest(capsys: pytest.CaptureFixture[str
 def test_no_line_looks_like_one_of_ours_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     forged = "no\n2026-01-31T12:00:00.000Z INFO darwin: all is well\r\x1b[2J\x85\u2028"
     for style in ("text", "json"):
-        set_up(Reader({"LOG_FORMAT": style}))
+        set_up_logging(Reader({"LOG_FORMAT": style}))
         try:
             raise ValueError(forged)
         except ValueError as error:
@@ -190,7 +192,7 @@ def test_a_long_text_is_cut_and_not_pored_over(piece: str) -> None:
     text = redact("see abcdefgh-ijkl " + piece * 10_000_000)
     assert text.startswith("see *** ")
     assert text.endswith(f"... ({18 + len(piece) * 10_000_000} characters in all)")
-    assert len(text) < LONGEST
+    assert len(text) < MAX_CHARACTERS
     # Nor is a part of a secret shown because the rest was cut off.
-    for ahead in range(LONGEST - 20, LONGEST + 5):
+    for ahead in range(MAX_CHARACTERS - 20, MAX_CHARACTERS + 5):
         assert "abcdefg" not in redact("x" * ahead + "abcdefgh-ijkl" + "x" * 100)

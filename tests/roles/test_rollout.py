@@ -26,7 +26,7 @@ import yaml
 import darwin_serve
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
-from darwin_runtime.model import model
+from darwin_runtime.model.load import load_model
 from tests.conftest import ROOT, wait_until
 from tests.image import chart
 from tests.support.balancer import Backend, Balancer, Clients, Probe
@@ -203,7 +203,7 @@ def test_who_connects_as_the_port_closes_is_answered(serving_environment: None, 
     authority.configure_trust(trust)
     listener = darwin_serve.bind("127.0.0.1", 0)
     service = Service(BatchLimits())
-    service.use(model.load(model_path("iris")))
+    service.use(load_model(model_path("iris")))
     files: dict[str, Any] = {"ssl_certfile": certificate, "ssl_keyfile": key} if tls else {}
     config = uvicorn.Config(make_app(service), http="httptools", lifespan="off", log_config=None, **files)
     server = darwin_serve.Server(config, service, 0, lambda: None)

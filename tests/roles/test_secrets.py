@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from darwin_runtime import logs
+from darwin_runtime.redact import Redactor
 from tests.conftest import ROOT, Finished, clean_environ, free_port, run_role
 from tests.roles.test_cleanup import clean
 from tests.storage.test_hostile_registry import Registry, _Handler, registry
@@ -265,7 +265,7 @@ def test_of_a_cleanup(code: int, scheme: str, tmp_path: Path) -> None:
 _RAISE = """
 import os, sys, threading
 sys.path.insert(0, sys.argv[1])
-from darwin_runtime import logs
+from darwin_runtime import role
 
 def body(read, redact):
     def fail():
@@ -275,7 +275,7 @@ def body(read, redact):
     thread.join()
     fail()
 
-sys.exit(logs.run_role(body, os.environ))
+sys.exit(role.run_role(body, os.environ))
 """
 
 
@@ -289,7 +289,7 @@ def test_what_nobody_catches_is_masked_too() -> None:
 
 
 def test_a_role_leaves_no_core_file() -> None:
-    script = "import os, resource; from darwin_runtime.logs import run_role; "
+    script = "import os, resource; from darwin_runtime.role import run_role; "
     script += "run_role(lambda *_: print(resource.getrlimit(4)), os.environ)"
     wanted = subprocess.run(
         ["sh", "-c", 'ulimit -c unlimited 2>/dev/null; exec "$0" -c "$1"', sys.executable, script],
@@ -313,4 +313,4 @@ def test_a_role_leaves_no_core_file() -> None:
     ],
 )
 def test_forms(environ: Mapping[str, str], text: str, masked: str) -> None:
-    assert logs.Redactor(environ)(text) == masked
+    assert Redactor(environ)(text) == masked

@@ -25,7 +25,7 @@ import requests
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.errors import ConfigError
 from darwin_runtime.http.app import Service, make_app
-from darwin_runtime.model import model as model_module
+from darwin_runtime.model.load import load_model
 from darwin_runtime.model.self_test import example_rows, self_test
 from darwin_runtime.schema.report import MAX_COUNTED_PROBLEMS
 from darwin_runtime.settings import Reader
@@ -424,7 +424,7 @@ def test_unknown_paths(ours: Callable[[str], str]) -> None:
 
 def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
     service = Service(BatchLimits())
-    service.use(model_module.load(model_path("iris")))
+    service.use(load_model(model_path("iris")))
     with in_thread(make_app(service, "/models/iris")) as url:
         for prefix in ("", "/models/iris"):
             assert requests.get(f"{url}{prefix}/ready", timeout=60).status_code == 200
@@ -433,7 +433,7 @@ def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
 
 def test_not_ready_while_draining() -> None:
     service = Service(BatchLimits())
-    service.use(model_module.load(model_path("iris")))
+    service.use(load_model(model_path("iris")))
     service.draining = True
     with in_thread(make_app(service)) as url:
         answer = requests.get(f"{url}/ready", timeout=60)
@@ -720,7 +720,7 @@ def test_a_model_that_fails_its_own_example_ends_the_process() -> None:
 def test_an_example_that_cannot_be_sent_is_tried_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     odd = Path(shutil.copytree(model_path("iris"), tmp_path / "m"))
     (odd / "serving_input_example.json").write_text('{"rows": []}')
-    model = model_module.load(odd)
+    model = load_model(odd)
     assert self_test(model) == "it answered its own input example"
     assert "cannot be sent as a request" in caplog.text
     assert example_rows(model) is None

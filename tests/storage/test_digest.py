@@ -17,8 +17,10 @@ import mlflow
 import pytest
 
 from darwin_runtime.errors import RoleError
-from darwin_runtime.model import model as model_module
-from darwin_runtime.model import self_test
+from darwin_runtime.model.load import load_model
+from darwin_runtime.model.mlmodel import find_model
+from darwin_runtime.model.model import Model
+from darwin_runtime.model.self_test import load_checked
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import digest as digest_module
 from darwin_runtime.storage import output
@@ -106,7 +108,7 @@ def test_it_is_the_same_however_the_model_got_there(settings: dict[str, str], di
     assert done.code == 0, done.err
     assert f"has sha256 {digest}, which REQUIRE_SHA256 can ask for" in done.last
     assert shell(tmp_path / "models") == digest
-    found = model_module.find_model(tmp_path / "models")
+    found = find_model(tmp_path / "models")
     assert digest_module.look(found).digest == digest
     again = download(tmp_path, model_path("iris"), REQUIRE_SHA256=digest, **settings)
     assert again.code == 0, again.err
@@ -275,7 +277,7 @@ def test_of_another_model_no_code_runs(workers: int, tmp_path: Path) -> None:
     assert done.code == 1
     assert f"is not the model that REQUIRE_SHA256 asks for: expected {OTHER}, seen {shell(model)}" in done.err
     assert not (tmp_path / "ran").exists()
-    self_test.load(model, required=shell(model))
+    load_checked(model, required=shell(model))
     assert (tmp_path / "ran").exists(), "the trap works"
 
 
@@ -287,7 +289,7 @@ def test_a_manifest_is_not_taken_for_the_bytes(digest: str, tmp_path: Path) -> N
     assert record
     assert digest_module.digest_of(record.manifest) == digest
     with pytest.raises(RoleError, match=f"expected {digest}"):
-        self_test.load(tmp_path / "models", required=digest)
+        load_checked(tmp_path / "models", required=digest)
 
 
 def test_from_a_uri(digest: str) -> None:
@@ -354,15 +356,15 @@ def _swap_and_back(model: Path) -> None:
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Path], None]]:
     """What to do with a model while it is loaded."""
     deeds: list[Callable[[Path], None]] = []
-    real = model_module.load
+    real = load_model
 
-    def load(directory: Path, *rest: Any) -> model_module.Model:
+    def load(directory: Path, *rest: Any) -> Model:
         found = real(directory, *rest)
         for deed in deeds:
             deed(directory)
         return found
 
-    monkeypatch.setattr(model_module, "load", load)
+    monkeypatch.setattr("darwin_runtime.model.self_test.load_model", load)
     return deeds
 
 
@@ -371,10 +373,10 @@ def test_a_model_that_changes_while_it_is_loaded_is_not_served(
     deed: Callable[[Path], None], meanwhile: list[Callable[[Path], None]], digest: str, tmp_path: Path
 ) -> None:
     assert download(tmp_path, model_path("iris"), STORAGE_STRATEGY="pvc").code == 0
-    self_test.load(tmp_path / "models", required=digest)
+    load_checked(tmp_path / "models", required=digest)
     meanwhile.append(deed)
     with pytest.raises(RoleError, match="the model was changed while it was loaded"):
-        self_test.load(tmp_path / "models", required=digest)
+        load_checked(tmp_path / "models", required=digest)
 
 
 @pytest.mark.parametrize("name", digest_module.APART)
@@ -383,4 +385,4 @@ def test_what_the_digest_leaves_out_is_not_loaded(name: str, iris: Path) -> None
     description = (iris / "MLmodel").read_text().replace("model.skops", name)
     (iris / "MLmodel").write_text(description)
     with pytest.raises(RoleError, match="which is no part of a model"):
-        self_test.load(iris, required=shell(iris))
+        load_checked(iris, required=shell(iris))

@@ -18,7 +18,7 @@ import pytest
 
 from darwin_runtime import __main__ as command
 from darwin_runtime.errors import FileChanged, RoleError
-from darwin_runtime.model import self_test
+from darwin_runtime.model.integrity import check_whole
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk, output
 from darwin_runtime.storage import manifest as manifest_module
@@ -186,7 +186,7 @@ def test_an_entry_whose_manifest_lies_is_not_served(what: str, cache: Cache) -> 
     assert cache.damage(KEY, "sha256")
     assert bool(cache.damage(KEY, "size")) == (what != "a digest")
     with pytest.raises(RoleError, match="the model is damaged"):
-        self_test.check_whole(path / "model", "sha256")
+        check_whole(path / "model", "sha256")
     known, strange = cache.entries(cache.now())
     assert [entry.key for entry in known] + strange == [KEY]
 
@@ -195,7 +195,7 @@ def test_an_entry_that_lost_its_manifest_is_not_served(cache: Cache) -> None:
     path = entry(cache, WHOLE)
     (path / "manifest.json").unlink()
     with pytest.raises(RoleError, match=r"the model is damaged: .*manifest\.json"):
-        self_test.check_whole(path / "model")
+        check_whole(path / "model")
 
 
 def test_a_model_that_others_put_into_the_cache_is_served(cache: Cache) -> None:
@@ -203,7 +203,7 @@ def test_a_model_that_others_put_into_the_cache_is_served(cache: Cache) -> None:
     model = cache.root / ("c" * 64) / "model"
     model.mkdir(parents=True)
     (model / "MLmodel").write_text("flavors: {}")
-    self_test.check_whole(model, "sha256")
+    check_whole(model, "sha256")
 
 
 def test_what_the_manifest_does_not_have_is_damage_where_bytes_are_looked_at(cache: Cache) -> None:
@@ -212,7 +212,7 @@ def test_what_the_manifest_does_not_have_is_damage_where_bytes_are_looked_at(cac
     assert cache.damage(KEY, "size") == []
     assert cache.damage(KEY, "sha256") == [f"{path}/model/code/json.py: not in the manifest"]
     with pytest.raises(RoleError, match=r"json\.py: not in the manifest"):
-        self_test.check_whole(path / "model", "sha256")
+        check_whole(path / "model", "sha256")
 
 
 def test_a_lying_manifest_writes_nothing_elsewhere(cached: Path, outside: Path, tmp_path: Path) -> None:

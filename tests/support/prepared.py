@@ -197,7 +197,7 @@ def _prepare(kind: str) -> None:
     """Import what the roles of this kind import by and by."""
     importlib.import_module("darwin_serve" if kind == "serve" else "download")
     if kind == "serve":
-        from darwin_runtime.model.model import SERVING
+        from darwin_runtime.model.load import SERVING
 
         mlflow_import.prepare(SERVING)
     else:

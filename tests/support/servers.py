@@ -19,7 +19,8 @@ import uvicorn
 
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.http.app import Service, make_app
-from darwin_runtime.model import model
+from darwin_runtime.model.load import load_model
+from darwin_runtime.model.model import Model
 from tests.conftest import ROOT, clean_environ, wait_until
 from tests.support import prepared
 from tests.support.models import model_path
@@ -114,12 +115,12 @@ def serving(
 def switching(limits: BatchLimits | None = None, **options: Any) -> Iterator[Callable[[str], str]]:
     """Our application in this process: call what is yielded with the model it is to answer with, for its URL."""
     service = Service(limits or BatchLimits(), **options)
-    models: dict[str, model.Model] = {}
+    models: dict[str, Model] = {}
     with in_thread(make_app(service)) as url:
 
         def switch(kind: str) -> str:
             if kind not in models:
-                models[kind] = model.load(model_path(kind))
+                models[kind] = load_model(model_path(kind))
             service.use(models[kind])
             return url
 

@@ -1,0 +1,1 @@
+"""Kernels: the arithmetic of steps of known estimators, without their checks."""

@@ -1,0 +1,87 @@
+"""A role as a process: its exit code, SIGTERM, and the pod's termination message."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from darwin_runtime.errors import ConfigError, RoleError
+from darwin_runtime.logs import set_up_logging
+from darwin_runtime.redact import Redactor
+from darwin_runtime.settings import Reader
+
+TERMINATION_LOG = Path("/dev/termination-log")
+
+# Kubernetes shows at most 4096 bytes of a termination message.
+MAX_TERMINATION_BYTES = 4096
+
+logger = logging.getLogger("darwin")
+
+RoleBody = Callable[[Reader, Redactor], None]
+
+
+def run_role(body: RoleBody, environ: Mapping[str, str]) -> int:
+    """Run one role and return its exit code; the last error also goes to the pod's termination message.
+
+    `body` reads its settings from the `Reader` it is given, which may hold problems already, and calls its `finish`.
+    """
+    # A core file would have all that is in memory, the environment and the model with it. Children inherit this.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    read = Reader(environ)
+    redact = set_up_logging(read)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    hooks = sys.excepthook, threading.excepthook
+    # What nobody catches would be printed as it is.
+    sys.excepthook = lambda *raised: logger.critical("not expected by anybody", exc_info=raised)
+    threading.excepthook = lambda raised: logger.error(
+        "in thread %s: %r", raised.thread and raised.thread.name, raised.exc_value, exc_info=raised.exc_value
+    )
+    try:
+        body(read, redact)
+    except ConfigError as error:
+        for problem in error.problems:
+            logger.error("bad configuration: %s", problem)
+        return _write_termination(error.exit_code, redact(str(error)))
+    except RoleError as error:
+        logger.error("%s", error)
+        logger.debug("raised from here", exc_info=error)
+        return _write_termination(error.exit_code, redact(str(error)))
+    except Exception as error:  # the last line of defence: a role never dies without saying why
+        logger.exception("unexpected %s: %s", type(error).__name__, error)
+        return _write_termination(RoleError.exit_code, redact(f"unexpected {type(error).__name__}: {error}"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.excepthook, threading.excepthook = hooks
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, whatever threads are left that wait for an answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _terminated(number: int, _frame: FrameType | None) -> None:
+    # The first process of a container ignores what it does not handle. What roles do is safe to stop at any point, so
+    # nothing, such as a transfer that hangs, is waited for.
+    os.write(2, b"stopped by SIGTERM\n")
+    os._exit(128 + number)
+
+
+def _write_termination(code: int, message: str) -> int:
+    # Kubernetes mounts this file; it must not be created anywhere else.
+    if TERMINATION_LOG.exists():
+        try:
+            TERMINATION_LOG.write_bytes(message.encode()[:MAX_TERMINATION_BYTES])
+        except OSError as error:
+            logger.debug("cannot write %s: %s", TERMINATION_LOG, error)
+    return code
