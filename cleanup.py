@@ -24,30 +24,32 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
+from prometheus_client.exposition import basic_auth_handler, default_handler
 
 import k8s_client
-from darwin_runtime import cleanup_report as cleanup_report_module
 from darwin_runtime.errors import ApiError, ConfigError, NotACache, NotInCluster, RoleError
 from darwin_runtime.logs import format_bytes, log_settings
-from darwin_runtime.redact import Redactor
+from darwin_runtime.redact import Redactor, hide
 from darwin_runtime.role import run_role
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import cache as cache_module
-from darwin_runtime.storage import disk
-from darwin_runtime.storage.cache import KEY, Cache, Entry, Lease, Removal
+from darwin_runtime.storage import disk, references
+from darwin_runtime.storage.cache import ABANDONED_SECONDS, DAY, Cache, Entry, Lease, Removal
+from darwin_runtime.storage.usage import InUse, dead_leases, in_use
 
-DAY = 86400.0
 GIB = 1024**3
 
 # How coarse the times of files may be: a lease this much older than a listing may still be younger than it.
 CLOCK_GRAIN_SECONDS = 2.0
 
 # Well below the age at which announcements are taken for those of a dead cleanup.
-MOST_GRACE_SECONDS = cache_module.ABANDONED_SECONDS / 4
+MAX_GRACE_SECONDS = ABANDONED_SECONDS / 4
 
 ROLE_TO_ADD = """apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
@@ -57,7 +59,25 @@ rules:
     resources: [pods]
     verbs: [list]"""
 
-Pod = Mapping[str, Any]
+JOB = "darwin_model_cache_cleanup"
+
+PUSH_TIMEOUT_SECONDS = 10.0
+
+# Name in the result -> name and meaning of the metric.
+_METRICS = {
+    "success": (f"{JOB}_success", "Whether the last run succeeded."),
+    "seconds": (f"{JOB}_duration_seconds", "How long the last run took."),
+    "removed": (f"{JOB}_removed_entries", "Entries that the last run removed, or would have in a dry run."),
+    "freed": (f"{JOB}_freed_bytes", "Bytes that the last run freed, or would have in a dry run."),
+    "spared": (f"{JOB}_spared_entries", "Entries that the last run left because a pod came to use them meanwhile."),
+    "restored": (f"{JOB}_restored_entries", "Entries that the last run put back."),
+    "failed": (f"{JOB}_failed_removals", "What the last run could not remove."),
+    "dry_run": (f"{JOB}_dry_run", "Whether the last run was a dry run."),
+    "entries": ("darwin_model_cache_entries", "Models in the cache when the last run began."),
+    "bytes": ("darwin_model_cache_size_bytes", "Size of the models in the cache when the last run began."),
+    "entries_in_use": ("darwin_model_cache_entries_in_use", "Models in the cache that pods use."),
+    "unknown": ("darwin_model_cache_unknown_entries", "What is in the cache and is none of its entries."),
+}
 
 logger = logging.getLogger("darwin.cleanup")
 
@@ -85,7 +105,7 @@ class Settings:
             max_size_gb=read.number("MAX_SIZE_GB", 0, minimum=0),
             low_watermark_percent=read.number("LOW_WATERMARK_PERCENT", 90, minimum=0, maximum=100),
             dry_run=read.flag("DRY_RUN", False),
-            grace_seconds=read.number("GRACE_SECONDS", 120, minimum=0, maximum=MOST_GRACE_SECONDS),
+            grace_seconds=read.number("GRACE_SECONDS", 120, minimum=0, maximum=MAX_GRACE_SECONDS),
             metrics_textfile=read.text("METRICS_TEXTFILE"),
             pushgateway_url=read.text("PUSHGATEWAY_URL"),
             pod=read.text("POD_NAME", socket.gethostname()),
@@ -94,60 +114,11 @@ class Settings:
         return settings
 
 
-@dataclass
-class InUse:
-    """Which entries pods use, by key, with the pods' names; and the pods that may use any."""
-
-    keys: dict[str, set[str]] = field(default_factory=dict)
-    unmatched: set[str] = field(default_factory=set)
-
-    def reason(self, key: str) -> str | None:
-        """Why the entry must stay; None when no pod uses it."""
-        if pods := self.keys.get(key):
-            return f"in use by {', '.join(sorted(pods))}"
-        if self.unmatched:
-            return f"may be in use by {', '.join(sorted(self.unmatched))}"
-        return None
-
-
 @dataclass(frozen=True)
 class Decision:
     entry: Entry
     remove: bool
     reason: str
-
-
-def in_use(
-    pods: Sequence[Pod], leases: Sequence[Lease], names: Mapping[str, str], listed: float, settings: Settings
-) -> InUse:
-    """What the pods that have not ended use: by lease, or by a key or alias in their environment or annotations.
-
-    `names` maps every key and alias that exists to its key: checksums in annotations look like keys, too. `listed` is
-    when the listing of the pods began, in the leases' time: a later lease is of a pod too new to be listed. A pod that
-    mounts the cache and matches nothing may use anything.
-    """
-    found = InUse()
-    by_pod: dict[str, set[str]] = {}
-    for lease in leases:
-        by_pod.setdefault(lease.uid or lease.pod, set()).add(lease.key)
-        if lease.written > listed:
-            found.keys.setdefault(lease.key, set()).add(lease.pod)
-    claims = _claims(pods, settings)
-    for pod in filter(_lives, pods):
-        name = _name(pod)
-        keys = {key for one in _identities(pod) for key in by_pod.get(one, ())}
-        keys |= {names[word] for text in _texts(pod) for word in KEY.findall(text) if word in names}
-        for key in keys:
-            found.keys.setdefault(key, set()).add(name)
-        if not keys and settings.pod not in _identities(pod) and claims.intersection(_volumes(pod).values()):
-            found.unmatched.add(name)
-    return found
-
-
-def dead_leases(pods: Sequence[Pod], leases: Sequence[Lease], listed: float) -> list[Lease]:
-    """The leases, older than the listing of the pods, of pods that have ended or are gone."""
-    alive = {one for pod in filter(_lives, pods) for one in _identities(pod)}
-    return [lease for lease in leases if lease.written <= listed and (lease.uid or lease.pod) not in alive]
 
 
 def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Decision]:
@@ -160,11 +131,11 @@ def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Deci
             decisions[entry.key] = Decision(entry, True, f"unused for TTL_DAYS={settings.ttl_days:g}")
         else:
             decisions[entry.key] = Decision(entry, False, f"used within TTL_DAYS={settings.ttl_days:g}")
-    most = settings.max_size_gb * GIB
+    max_size = settings.max_size_gb * GIB
     size = sum(decision.entry.bytes for decision in decisions.values() if not decision.remove)
-    if most and size > most:
+    if max_size and size > max_size:
         # Some more than needed, so that not every run has to evict.
-        goal = most * settings.low_watermark_percent / 100
+        goal = max_size * settings.low_watermark_percent / 100
         why = f"least recently used, to come below {settings.low_watermark_percent:g}% of "
         why += f"MAX_SIZE_GB={settings.max_size_gb:g}"
         for entry in sorted(entries, key=lambda entry: -entry.idle):
@@ -173,12 +144,12 @@ def plan(entries: Sequence[Entry], used: InUse, settings: Settings) -> list[Deci
             if not decisions[entry.key].remove and not used.reason(entry.key):
                 decisions[entry.key] = Decision(entry, True, why)
                 size -= entry.bytes
-        if size > most:
+        if size > max_size:
             logger.warning("what pods use is %s, more than MAX_SIZE_GB=%g", format_bytes(size), settings.max_size_gb)
     return [decisions[entry.key] for entry in entries]
 
 
-def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, look: Look) -> Counter[str]:
+def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, listing: UsageListing) -> Counter[str]:
     """Carry out a plan; returns what was done: removed, spared, restored, freed (bytes)."""
     done: Counter[str] = Counter()
     doomed = [decision.entry.key for decision in decisions if decision.remove]
@@ -192,9 +163,9 @@ def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, loo
         logger.info("waiting GRACE_SECONDS=%g before removing %d entries", settings.grace_seconds, len(doomed))
         # For what a network file system shows late: to this one a lease, to a pod the announcement.
         time.sleep(settings.grace_seconds)
-        waiting += _move(removals, cache, look(), done)
+        waiting += _move(removals, cache, listing(), done)
         # Pods that name an entry without a lease may have come in between.
-        waiting = _restore(waiting, cache, look(), done)
+        waiting = _restore(waiting, cache, listing(), done)
     except Exception:
         # What is in use can't be told any more: everything goes back.
         for removal in removals:
@@ -207,7 +178,7 @@ def execute(decisions: Sequence[Decision], cache: Cache, settings: Settings, loo
             cache.cancel(removal)
     sizes = {decision.entry.key: decision.entry.bytes for decision in decisions}
     for path, key in waiting:
-        if _succeeds(partial(cache.discard, path), path):
+        if _succeeds(partial(cache.delete_tree, path), path):
             done["removed"] += 1
             done["freed"] += sizes.get(key, 0)
         else:
@@ -253,8 +224,8 @@ def _restore(
     return still
 
 
-class Look:
-    """Lists pods and leases afresh at each call, and says what is in use."""
+class UsageListing:
+    """Lists pods and leases afresh at each call, and returns which entries are in use."""
 
     def __init__(self, cache: Cache, settings: Settings, client: k8s_client.Client) -> None:
         self.cache = cache
@@ -281,7 +252,8 @@ class Look:
         except OSError as error:
             why = f"{self.cache.root}: {disk.explain(error)}"
             raise RoleError(f"cannot tell what is in use, so nothing is removed: {why}") from error
-        return in_use(self.pods, self.leases, self.cache.names(), self.listed, self.settings)
+        known = references.all_names(self.cache)
+        return in_use(self.pods, self.leases, known, self.listed, self.settings.pod, self.settings.cache)
 
 
 def report(decisions: Sequence[Decision], strange: Sequence[str]) -> Iterator[str]:
@@ -291,21 +263,20 @@ def report(decisions: Sequence[Decision], strange: Sequence[str]) -> Iterator[st
     for decision in sorted(decisions, key=lambda decision: -decision.entry.idle):
         entry = decision.entry
         action = "remove" if decision.remove else "keep"
-        days = f"{entry.idle / DAY:.1f} d"
-        yield row(action, entry.key[:12], format_bytes(entry.bytes), days, f"{decision.reason} ({entry.model_uri})")
+        yield row(action, *entry.columns, f"{decision.reason} ({entry.model_uri})")
     for name in strange:
         yield row("keep", name[:12], "", "", f"{name} is not an entry made by download.py; left alone")
 
 
-def tidy(cache: Cache, look: Look, used: InUse) -> int:
+def tidy(cache: Cache, listing: UsageListing, used: InUse) -> int:
     """Remove what belongs to nobody any more, and note the use of what is in use; returns how much of it failed."""
     done = [_succeeds(partial(cache.touch, key), cache.model(key)) for key in used.keys]
-    for lease in dead_leases(look.pods, look.leases, look.listed):
+    for lease in dead_leases(listing.pods, listing.leases, listing.listed):
         logger.info("dropping the lease of %s, which is gone", lease.pod)
         done.append(_succeeds(partial(cache.drop_lease, lease), Path(lease.name)))
     for path in list(cache.leftovers()):
         logger.info("removing %s, which a download or a cleanup left that is no more", path)
-        done.append(_succeeds(partial(cache.discard, path), path))
+        done.append(_succeeds(partial(cache.delete_tree, path), path))
     return done.count(False)
 
 
@@ -330,11 +301,11 @@ def run(service_account: Path, read: Reader, redact: Redactor) -> None:
         raise RoleError(f"{settings.cache}: {disk.explain(error)}") from error
     finally:
         result["seconds"] = round(time.monotonic() - began, 3)
-        cleanup_report_module.publish(result, settings.metrics_textfile, settings.pushgateway_url)
+        publish(result, settings.metrics_textfile, settings.pushgateway_url)
 
 
 def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Mapping[str, str]) -> dict[str, float]:
-    """Returns what was found and done, by the names of `cleanup_report`."""
+    """Returns what was found and done, by the names of `_METRICS`."""
     try:
         home = k8s_client.namespace(service_account)
         client = k8s_client.Client.in_cluster(environ, service_account)
@@ -342,9 +313,9 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
         raise RoleError(f"cannot list pods, so nothing is removed: {error}") from error
     settings = replace(settings, namespace=settings.namespace or home)
     with client:
-        look = Look(cache, settings, client)
-        used = look()
-        if settings.namespace != home and not look.pods:
+        listing = UsageListing(cache, settings, client)
+        used = listing()
+        if settings.namespace != home and not listing.pods:
             # Kubernetes lists no pods, without an error, for a namespace that does not exist.
             raise RoleError(
                 f"NAMESPACE={settings.namespace} has no pods, while this one is in {home}; nothing is removed. "
@@ -360,10 +331,10 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
         if settings.dry_run:
             done = Counter(removed=len(doomed), freed=sum(decision.entry.bytes for decision in doomed))
         else:
-            failed = tidy(cache, look, used)
-            done = execute(decisions, cache, settings, look)
+            failed = tidy(cache, listing, used)
+            done = execute(decisions, cache, settings, listing)
             done["failed"] += failed
-            cache.drop_dangling(DAY)
+            references.drop_dangling(cache, DAY)
     total = sum(entry.bytes for entry in entries)
     _summary("DRY_RUN, would remove" if settings.dry_run else "removed", done, entries, total)
     return {
@@ -382,62 +353,42 @@ def _summary(what: str, done: Counter[str], entries: Sequence[Entry], total: int
     logger.info("%s %d of %d entries%s: %s", what, done["removed"], len(entries), back, freed)
 
 
-def _lives(pod: Pod) -> bool:
-    # Pending, Unknown and terminating pods need their models too.
-    return pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
+def publish(result: Mapping[str, float], textfile: str, pushgateway: str) -> None:
+    """Print `result`, and write or push it where a place is given; what fails of that is only logged."""
+    sys.stdout.write(f"{json.dumps(result)}\n")
+    registry = metrics(result)
+    try:
+        if textfile:
+            write_to_textfile(textfile, registry)
+    except OSError as error:
+        logger.warning("cannot write METRICS_TEXTFILE=%s: %s", textfile, error)
+    try:
+        if pushgateway:
+            _push(pushgateway, registry)
+    except Exception as error:  # whatever it is, the cleanup is done
+        logger.warning("cannot push to PUSHGATEWAY_URL=%s: %s", hide(pushgateway), error)
 
 
-def _name(pod: Pod) -> str:
-    return str(pod.get("metadata", {}).get("name", ""))
+def _push(uri: str, registry: CollectorRegistry) -> None:
+    """`uri` may hold a user and a password; the scheme may be left out."""
+    found = urlsplit(uri if "://" in uri else f"http://{uri}")
+    where = found._replace(netloc=found.netloc.rpartition("@")[2]).geturl()
+    handler: Callable[..., Any] = default_handler
+    if found.username:
+        user, password = unquote(found.username), unquote(found.password or "")
+        handler = partial(basic_auth_handler, username=user, password=password)
+    push_to_gateway(where, JOB, registry, timeout=PUSH_TIMEOUT_SECONDS, handler=handler)
 
 
-def _identities(pod: Pod) -> set[str]:
-    """What a pod may call itself: its UID; its name, or its host's, cut to 63 characters."""
-    spec, metadata = pod.get("spec", {}), pod.get("metadata", {})
-    names = [_name(pod), spec.get("hostname"), spec.get("nodeName") if spec.get("hostNetwork") else None]
-    cut = {name[:63].rstrip("-.") for name in names if name}
-    return (cut | {_name(pod), str(metadata.get("uid", ""))}) - {""}
-
-
-def _containers(pod: Pod) -> Iterator[Mapping[str, Any]]:
-    for kind in ("initContainers", "containers", "ephemeralContainers"):
-        yield from pod.get("spec", {}).get(kind) or ()
-
-
-def _texts(pod: Pod) -> Iterator[str]:
-    """Where a pod may name an entry: environment and annotations; and the alias that its settings amount to."""
-    yield from (pod.get("metadata", {}).get("annotations") or {}).values()
-    for container in _containers(pod):
-        environ = {one["name"]: one.get("value") or "" for one in container.get("env") or ()}
-        yield from environ.values()
-        if environ.get("DEPLOYMENT_NAME") and environ.get("MODEL_URI"):
-            yield cache_module.make_alias(environ["DEPLOYMENT_NAME"], environ["MODEL_URI"])
-
-
-# Volumes that no other pod can mount, or that hold no files of a pod's.
-_PRIVATE = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "image", "name", "projected", "secret"}
-
-
-def _volumes(pod: Pod) -> dict[str, str]:
-    """A pod's volumes that other pods may mount too: name in the pod -> what it is, the same for all pods."""
-    return {
-        volume["name"]: json.dumps([kind, {**source, "readOnly": None}], sort_keys=True)
-        for volume in pod.get("spec", {}).get("volumes") or ()
-        for kind, source in volume.items()
-        if kind not in _PRIVATE and isinstance(source, Mapping)
-    }
-
-
-def _claims(pods: Sequence[Pod], settings: Settings) -> set[str]:
-    """The volumes that may hold the cache: what this pod mounts there if it is among `pods`, else what any pod does."""
-    own = [pod for pod in pods if settings.pod in _identities(pod)]
-    return {
-        _volumes(pod)[mount["name"]]
-        for pod in own or pods
-        for container in _containers(pod)
-        for mount in container.get("volumeMounts") or ()
-        if mount["name"] in _volumes(pod) and settings.cache.is_relative_to(mount["mountPath"])
-    }
+def metrics(result: Mapping[str, float]) -> CollectorRegistry:
+    """The metrics of one run; what a failed run does not know is left out."""
+    registry = CollectorRegistry()
+    for name, (metric, text) in _METRICS.items():
+        if name in result:
+            Gauge(metric, text, registry=registry).set(result[name])
+    name, text = f"{JOB}_last_run_timestamp_seconds", "When the last run ended."
+    Gauge(name, text, registry=registry).set(time.time())
+    return registry
 
 
 def main(environ: Mapping[str, str] = os.environ, service_account: Path = k8s_client.SERVICE_ACCOUNT) -> int:

@@ -79,7 +79,8 @@ from darwin_runtime.redact import Redactor
 from darwin_runtime.resources import cpu_limit, default_workers, keep_freed_buffers, share_cpus
 from darwin_runtime.role import run_role
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import digest, manifest, resolve, transfer
+from darwin_runtime.storage import artifacts, digest, manifest, resolve
+from darwin_runtime.storage.fetch import fetch_model
 
 if TYPE_CHECKING:
     # At run time they are imported in functions, after the number of threads was set that numpy reads at import.
@@ -396,7 +397,7 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
 def fetch(settings: Settings, directory: Path) -> None:
     """Download a model that has only a URI to `directory`. Raises `RoleError`."""
     if settings.model_path is None:
-        transfer.fetch_model(settings.model_uri, directory)
+        fetch_model(settings.model_uri, directory)
 
 
 def load(settings: Settings, directory: Path) -> Model:
@@ -488,7 +489,7 @@ def serve(read: Reader, redact: Redactor) -> None:
     share_cpus(settings.workers, cpu_limit(), os.environ)
     # Those in the middle of a TLS handshake are not counted yet.
     _allow_files((4 if settings.tls else 2) * settings.connections)
-    downloaded = contextlib.nullcontext(Path()) if settings.model_path else resolve.scratch()
+    downloaded = contextlib.nullcontext(Path()) if settings.model_path else artifacts.scratch()
     with downloaded as directory:
         (serve_alone if settings.workers == 1 else serve_together)(settings, directory)
     logger.info("stopped")

@@ -1,4 +1,4 @@
-"""In-cluster Kubernetes REST client: lists the pods of a namespace, and nothing else.
+"""The pods of a namespace, listed from inside the cluster through Kubernetes' REST API, and nothing else.
 
 Whoever deletes by this list must be able to trust it: it is either complete and of one moment, or an exception.
 Protocol: https://kubernetes.io/docs/reference/using-api/api-concepts/
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
 import ssl
 import time
 from collections.abc import Mapping
@@ -28,21 +27,10 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # How often a list that expired on the way (410) is begun again.
 RESTARTS = 3
 
-# Seconds. The longest pause we choose ourselves, and the shortest even if the server asks for none.
-LONGEST_PAUSE, SHORTEST_PAUSE = 10.0, 0.1
-
-_POD = re.compile(r"/pods/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/")
+# The longest pause that this client chooses, and the shortest one even if the server asks for none.
+MAX_PAUSE_SECONDS, MIN_PAUSE_SECONDS = 10.0, 0.1
 
 logger = logging.getLogger("darwin.k8s")
-
-
-def pod_uid(mountinfo: Path = Path("/proc/self/mountinfo")) -> str:
-    """The UID of the pod this runs in, as the paths of what the kubelet mounts into it tell; empty elsewhere."""
-    try:
-        found = _POD.search(mountinfo.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return ""
-    return found[1] if found else ""
 
 
 def namespace(directory: Path = SERVICE_ACCOUNT) -> str:
@@ -52,7 +40,7 @@ def namespace(directory: Path = SERVICE_ACCOUNT) -> str:
 
 @dataclass
 class Client:
-    """A connection to the API server at `url` as the service account in `directory`. Close it, or use it in a `with`.
+    """A connection to the API server at `url` as the service account in `directory`. Use it in a `with`.
 
     `limit` is the pods per page. `deadline` (seconds) bounds one `list_pods`, with its retries and pauses; each wait
     for the network is bounded by `timeout` (seconds to connect, seconds to read) and by what is left until then.
@@ -95,9 +83,6 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._session.close()
 
     def list_pods(self, namespace: str) -> list[dict[str, Any]]:
@@ -139,7 +124,7 @@ class Client:
                 logger.warning("listing pods: %s; trying again in %.1f s", failure, pause)
                 time.sleep(pause)
             pause = backoff * random.uniform(0.5, 1)  # noqa: S311 - no secret
-            backoff = min(2 * backoff, LONGEST_PAUSE)
+            backoff = min(2 * backoff, MAX_PAUSE_SECONDS)
             token = _token(self.directory)
             connect = min(self.timeout[0], left / 2)
             try:
@@ -162,7 +147,7 @@ class Client:
                 raise failure
             for asked in (response.headers.get("Retry-After"), failure.details.get("retryAfterSeconds")):
                 if str(asked).isdecimal():
-                    pause = max(float(str(asked)), SHORTEST_PAUSE)
+                    pause = max(float(str(asked)), MIN_PAUSE_SECONDS)
                     break
 
     def _no_answer(self, error: requests.RequestException) -> ApiError:

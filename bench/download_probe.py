@@ -23,10 +23,11 @@ import cleanup
 import download
 from darwin_runtime import mlflow_import
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import resolve
+from darwin_runtime.storage import references, resolve, usage
+from darwin_runtime.storage.attempts import Deadline, RetryPolicy
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
-from darwin_runtime.storage.transfer import Deadline, Transfer
+from darwin_runtime.storage.transfer import Transfer
 
 
 def peak() -> float:
@@ -40,7 +41,7 @@ def transfer(uri: str, directory: str) -> dict[str, float]:
     source = resolve.resolve(uri)
     place = Path(directory)
     began = time.monotonic()
-    files = Transfer(source, place / "model", place / "parts", resolve.Retry(), Deadline(3600)).run()
+    files = Transfer(source, place / "model", place / "parts", RetryPolicy(), Deadline(3600)).run()
     seconds = time.monotonic() - began
     return {"seconds": seconds, "bytes": sum(file.size for file in files), "peak": peak()}
 
@@ -92,7 +93,7 @@ def plan(count: str) -> dict[str, float]:
         settings = cleanup.Settings.from_env(Reader({"CACHE_PATH": directory, "NAMESPACE": "n", "TTL_DAYS": "0"}))
         began = time.monotonic()
         leases = cache.leases()
-        used = cleanup.in_use(pods, leases, cache.names(), cache.now(), settings)
+        used = usage.in_use(pods, leases, references.all_names(cache), cache.now(), settings.pod, settings.cache)
         entries, _ = cache.entries(cache.now())
         decisions = cleanup.plan(entries, used, settings)
         lines = list(cleanup.report(decisions, []))

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from darwin_runtime.errors import NotACache
 from darwin_runtime.logs import format_bytes
+from darwin_runtime.storage import references
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import VERIFY
-
-DAY = 86400.0
 
 
 class _Unknown(Exception):
@@ -61,17 +60,15 @@ def _list(cache: Cache) -> int:
     for lease in cache.leases():
         users.setdefault(lease.key, set()).add(lease.pod)
     aliases: dict[str, list[str]] = {}
-    for alias, key in cache.aliases().items():
+    for alias, key in references.aliases(cache).items():
         aliases.setdefault(key, []).append(alias[:12])
     row = "{:<14}{:>10}  {:>9}  {:<30}  {}\n".format
     sys.stdout.write(row("entry", "size", "unused", "leased by", "model"))
     for entry in sorted(entries, key=lambda entry: entry.idle):
         pods = ", ".join(sorted(users.get(entry.key, ()))) or "-"
         also = "".join(f", alias {alias}" for alias in aliases.get(entry.key, ()))
-        days = f"{entry.idle / DAY:.1f} d"
-        sys.stdout.write(row(entry.key[:12], format_bytes(entry.bytes), days, pods, f"{_shown(entry.model_uri)}{also}"))
-    for name in strange:
-        name = _shown(name)
+        sys.stdout.write(row(*entry.columns, pods, f"{_shown(entry.model_uri)}{also}"))
+    for name in map(_shown, strange):
         sys.stdout.write(row(name[:12], "", "", "", f"{name} is not an entry made by download.py, or damaged"))
     total = format_bytes(sum(entry.bytes for entry in entries))
     sys.stdout.write(f"{len(entries)} entries, {total}, {len(cache.trash())} in the trash\n")
@@ -79,7 +76,7 @@ def _list(cache: Cache) -> int:
 
 
 def _verify(cache: Cache, asked: argparse.Namespace) -> int:
-    keys = sorted(key for key in set(cache.names().values()) if cache.has(key)) if asked.all else []
+    keys = sorted(key for key in set(references.all_names(cache).values()) if cache.has(key)) if asked.all else []
     keys += [_find(cache, key) for key in asked.keys]
     if not keys:
         raise _Unknown("verify what? Name an entry, or --all")
@@ -94,7 +91,7 @@ def _verify(cache: Cache, asked: argparse.Namespace) -> int:
 
 
 def _find(cache: Cache, name: str) -> str:
-    found = sorted({key for known, key in cache.names().items() if known.startswith(name)})
+    found = sorted({key for known, key in references.all_names(cache).items() if known.startswith(name)})
     if len(found) != 1:
         raise _Unknown(f"{len(found)} entries' names begin with {name}" if found else f"there is no entry {name}")
     return found[0]

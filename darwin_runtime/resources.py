@@ -1,4 +1,4 @@
-"""CPUs and memory of this process: the limit of its cgroups, the number of its threads, the C library's allocator."""
+"""Resources of the process: CPUs of its cgroups, number of its threads, the C library's allocator, UID of its pod."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 KEPT_BYTES = 32 * 1024 * 1024
+
+_POD = re.compile(r"/pods/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/")
 
 
 def cpu_limit(root: Path = Path("/")) -> int:
@@ -89,3 +92,12 @@ def keep_freed_buffers() -> None:
     with contextlib.suppress(AttributeError):
         for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(threshold, KEPT_BYTES)
+
+
+def pod_uid(mountinfo: Path = Path("/proc/self/mountinfo")) -> str:
+    """The UID of the pod this runs in, read from the paths that the kubelet mounts into it; empty elsewhere."""
+    try:
+        found = _POD.search(mountinfo.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return ""
+    return found[1] if found else ""

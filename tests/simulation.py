@@ -33,11 +33,13 @@ import cleanup
 import download
 from darwin_runtime.errors import RoleError
 from darwin_runtime.settings import Reader
+from darwin_runtime.storage import attempts, disk, locks, references, transfer
 from darwin_runtime.storage import cache as cache_module
-from darwin_runtime.storage import disk, transfer
-from darwin_runtime.storage.cache import Cache
-from darwin_runtime.storage.resolve import RemoteFile, Source
-from darwin_runtime.storage.transfer import Deadline
+from darwin_runtime.storage.artifacts import RemoteFile, Source
+from darwin_runtime.storage.attempts import Deadline
+from darwin_runtime.storage.cache import DAY, Cache
+from darwin_runtime.storage.single_flight import ensure_entry
+from darwin_runtime.storage.usage import InUse
 from tests.support.apiserver import pod
 from tests.support.killing import paths_within
 
@@ -161,9 +163,10 @@ class World:
         def act() -> None:
             while True:
                 try:
-                    key = download._cached(self.cache, settings, source(model), Deadline(1e9))
+                    key = ensure_entry(self.cache, source(model), settings.claim, settings.retry, Deadline(1e9))
+                    references.set_ref(self.cache, settings.tracking_uri, settings.model_uri, key)
                     self.cache.touch(key)
-                    self.cache.set_alias(cache_module.make_alias(name, model), key)
+                    references.set_alias(self.cache, references.make_alias(name, model), key)
                 except (OSError, RoleError):
                     # What it relied on was taken for the dead's. Kubernetes starts it again.
                     self.counts["failed downloads"] += 1
@@ -191,13 +194,13 @@ class World:
         )
 
         def act() -> None:
-            look = cleanup.Look(self.cache, settings, self)  # type: ignore[arg-type]
-            used = look()
+            listing = cleanup.UsageListing(self.cache, settings, self)  # type: ignore[arg-type]
+            used = listing()
             entries, _ = self.cache.entries(self.cache.now())
             decisions = cleanup.plan(entries, used, settings)
-            cleanup.tidy(self.cache, look, used)
-            done = cleanup.execute(decisions, self.cache, settings, look)
-            self.cache.drop_dangling(cleanup.DAY)
+            cleanup.tidy(self.cache, listing, used)
+            done = cleanup.execute(decisions, self.cache, settings, listing)
+            references.drop_dangling(self.cache, DAY)
             self.counts.update({f"entries {name}": done[name] for name in ("removed", "spared", "restored")})
             self.counts["cleanups done"] += 1
 
@@ -352,7 +355,7 @@ class World:
         self.pods.clear()
         self.serving.clear()
         for _ in range(3):
-            assert self.pass_time(3 * cleanup.DAY)
+            assert self.pass_time(3 * DAY)
             self.start_cleanup(CLEANUPS[0])
             while self.actors:
                 self.go_on(self.actors[0])
@@ -393,41 +396,41 @@ def _reads_clock(world: World, owner: Any, name: str, *, generates: bool = False
     setattr(owner, name, wrapped)
 
 
-def _no_locks(world: World) -> Callable[[Cache, str, str], cache_module.Lock]:
-    def try_lock(cache: Cache, key: str, owner: str) -> cache_module.Lock:
+def _no_locks(world: World) -> Callable[[Cache, str, str], locks.Lock]:
+    def try_lock(cache: Cache, key: str, owner: str) -> locks.Lock:
         path = cache.root / ".locks" / f"{key}.{world.steps}"
-        return cache_module.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
+        return locks.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
 
     return try_lock
 
 
-def _arrange(world: World, *, locks: bool) -> None:
+def _arrange(world: World, *, locked: bool) -> None:
     def touched(path: Path) -> float:
         nodes = (path, *(() if path.is_symlink() else path.rglob("*")))
         return float(max(node.lstat().st_mtime for node in nodes))
 
     replaced: list[tuple[Any, str, Any]] = [
-        (transfer, "run_with_timeout", lambda _seconds, action, _what: action()),
+        (attempts, "run_with_timeout", lambda _seconds, action, _what: action()),
         (transfer, "start_threads", lambda _count, work: work() or []),
         (disk, "ThreadPoolExecutor", Inline),
         # Files can be made older in what they say of their content, not of themselves.
-        (cache_module, "_touched", touched),
+        (disk, "last_change", touched),
         # What a crash of the machine does is not told here.
         (disk, "sync", lambda path: None),
         (time, "sleep", world.sleep),
         # No machine's clock counts.
         (time, "time", lambda: _real_time() + world.chance.uniform(-1e6, 1e6)),
     ]
-    if not locks:
-        replaced.append((Cache, "try_lock", _no_locks(world)))
+    if not locked:
+        replaced.append((locks, "try_lock", _no_locks(world)))
     for owner, name, value in replaced:
         setattr(owner, name, value)
     for owner, name in (
-        (cleanup.Look, "__call__"),
+        (cleanup.UsageListing, "__call__"),
         (Cache, "entries"),
-        (Cache, "drop_dangling"),
-        (Cache, "_holder"),
-        (Cache, "ref"),
+        (references, "drop_dangling"),
+        (locks, "_holder"),
+        (references, "find_ref"),
     ):
         _reads_clock(world, owner, name)
     _reads_clock(world, Cache, "leftovers", generates=True)
@@ -435,7 +438,7 @@ def _arrange(world: World, *, locks: bool) -> None:
 
 
 def _list_no_more(_decisions: Any, _cache: Any, _settings: Any, _look: Any) -> Any:
-    return _execute(_decisions, _cache, _settings, lambda: cleanup.InUse())  # type: ignore[arg-type]
+    return _execute(_decisions, _cache, _settings, lambda: InUse())  # type: ignore[arg-type]
 
 
 def _drop_all(cache: Cache, lease: cache_module.Lease) -> None:
@@ -448,7 +451,7 @@ _execute = cleanup.execute
 
 # What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model.
 WITHOUT: dict[str, tuple[Any, str, Any]] = {
-    "veto": (Cache, "veto_removals", lambda cache, key, found: cache.which(key) == found),
+    "veto": (Cache, "veto_removals", lambda cache, key, found: cache.fingerprint(key) == found),
     "listing-after-announcing": (cleanup, "execute", _list_no_more),
     "lease-names": (Cache, "drop_lease", _drop_all),
 }
@@ -468,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fast = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(dir=fast if fast.is_dir() else None)) / "cache"
     world = World(root, asked.seed)
-    _arrange(world, locks=not asked.no_locks)
+    _arrange(world, locked=not asked.no_locks)
     try:
         while world.steps < asked.steps:
             world.step()

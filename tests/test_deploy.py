@@ -29,7 +29,7 @@ import darwin_serve
 import download
 from darwin_runtime.model.diagnose import FLAVOR_OF_PACKAGE
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import transfer
+from darwin_runtime.storage import fetch
 from image import wheelhouse
 from tests.conftest import ROOT
 from tests.support.settings import read_by
@@ -401,7 +401,7 @@ def test_a_prediction_under_way_can_end(file: str) -> None:
 def test_a_rollout_fails_only_when_a_pod_has(file: str) -> None:
     probe = serving(file)[1]["startupProbe"]
     deadline = manifest(file, "Deployment")["spec"]["progressDeadlineSeconds"]
-    assert deadline > transfer.TIMEOUT_SECONDS + probe["periodSeconds"] * probe["failureThreshold"]
+    assert deadline > fetch.TIMEOUT_SECONDS + probe["periodSeconds"] * probe["failureThreshold"]
 
 
 @pytest.mark.parametrize("container", EVERY_CONTAINER)

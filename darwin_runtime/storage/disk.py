@@ -96,6 +96,17 @@ def below(directory: Path) -> Iterator[Path]:
                     waiting.append(entry.path)
 
 
+def last_change(path: Path) -> float:
+    """When something last happened to `path` or in it. Not mtime: a copy of a local store's file keeps its source's."""
+    newest = path.lstat().st_ctime
+    if path.is_dir() and not path.is_symlink():
+        # What can't be looked into is as old as it shows itself: a download that is alive touches its directory.
+        with contextlib.suppress(OSError):
+            for node in below(path):
+                newest = max(newest, node.lstat().st_ctime)
+    return newest
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `path` so that a reader, or a crash, sees the old content or the new, never a part."""
     new = temporary(path)
@@ -177,6 +188,17 @@ def _unless_gone(_function: object, _path: object, raised: Any) -> None:
     error = raised[1] if isinstance(raised, tuple) else raised
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+@contextlib.contextmanager
+def discard_when_full(discard: Callable[[], object]) -> Iterator[None]:
+    """Call `discard` where the block fails on a full volume: others need the room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            discard()
+        raise
 
 
 def explain(error: OSError) -> str:

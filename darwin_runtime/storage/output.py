@@ -12,10 +12,13 @@ last: whoever finds it finds a whole model.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from darwin_runtime.errors import RoleError
@@ -36,6 +39,19 @@ class Record:
     key: str
     manifest: Manifest
     entries: list[str]
+
+
+def make(output: Path) -> None:
+    """Make the directory. Raises `RoleError` where that is impossible, or nothing can be written to it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        writable = os.access(output, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise RoleError(f"cannot create OUTPUT_PATH {output} ({error.strerror}); mount a volume there") from error
+    if not writable:
+        number = errno.EROFS if os.statvfs(output).f_flag & os.ST_RDONLY else errno.EACCES
+        why = disk.explain(OSError(number, os.strerror(number), str(output)))
+        raise RoleError(f"cannot write to OUTPUT_PATH: {why}")
 
 
 def read(output: Path) -> Record | None:
@@ -99,6 +115,10 @@ def unstage(output: Path) -> None:
     disk.remove_tree(output / STAGING)
 
 
+def _unstaged_when_full(output: Path) -> AbstractContextManager[None]:
+    return disk.discard_when_full(partial(unstage, output))
+
+
 def staged(staging: Path) -> tuple[Path, Path]:
     """Where the model is in a staging directory, and where its parts are."""
     return staging / "model", staging / "parts"
@@ -106,17 +126,19 @@ def staged(staging: Path) -> tuple[Path, Path]:
 
 def move(staging: Path, output: Path, key: str, manifest: Manifest) -> None:
     """Put the staged files at the output. Raises `RoleError` when they are not what the manifest says."""
-    if damage := manifest.damage(staging):
-        raise RoleError(f"not placed, {summary(damage)}")
-    disk.sync_tree(staging)
-    _place(staging, output, key, manifest, lambda source, target: source.rename(target), ".")
-    unstage(output)
+    with _unstaged_when_full(output):
+        if damage := manifest.damage(staging):
+            raise RoleError(f"not placed, {summary(damage)}")
+        disk.sync_tree(staging)
+        _place(staging, output, key, manifest, lambda source, target: source.rename(target), ".")
+        unstage(output)
 
 
 def link(model: Path, output: Path, key: str, manifest: Manifest) -> None:
     """Put links to the cached model's entries at the output, unless they are there."""
-    if not _links(output, key, model):
-        _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), str(model))
+    with _unstaged_when_full(output):
+        if not _links(output, key, model):
+            _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), str(model))
 
 
 def _links(output: Path, key: str, model: Path) -> bool:
@@ -134,11 +156,12 @@ def copy(model: Path, output: Path, key: str, manifest: Manifest) -> None:
     """Put a copy of the cached model at the output, for main containers that don't mount the cache."""
     unstage(output)
     copied, _ = staged(output / STAGING)
-    for file in manifest.files:
-        target = copied / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if manifest_module.copy(model / file.path, target) != file.sha256:
-            raise RoleError(f"not placed, {model / file.path}: not the bytes that were downloaded (sha256)")
+    with _unstaged_when_full(output):
+        for file in manifest.files:
+            target = copied / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if manifest_module.copy(model / file.path, target) != file.sha256:
+                raise RoleError(f"not placed, {model / file.path}: not the bytes that were downloaded (sha256)")
     move(copied, output, key, manifest)
 
 

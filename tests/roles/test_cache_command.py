@@ -10,6 +10,7 @@ import pytest
 
 from darwin_runtime import __main__ as command
 from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import locks, references
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
 from tests.conftest import Finished, clean_environ
@@ -27,13 +28,13 @@ def look(cache: Path, *arguments: str) -> Finished:
 def cache(tmp_path: Path) -> Cache:
     made = Cache.prepare(tmp_path / "cache")
     for key in (A, B):
-        staging = made.stage(key)
+        staging = locks.stage(made, key)
         (cache_module.model_of(staging) / "MLmodel").write_bytes(key.encode())
         file = File("MLmodel", 64, hashlib.sha256(key.encode()).hexdigest())
-        made.publish(staging, key, Manifest(f"models:/{key[0]}/1", {}, [file]))
+        locks.publish(made, staging, key, Manifest(f"models:/{key[0]}/1", {}, [file]))
     made.lease("web-1", "/models", A)
     made.lease("web-2", "/models", A)
-    made.set_alias("c" * 64, A)
+    references.set_alias(made, "c" * 64, A)
     (made.root / "notes").mkdir()
     return made
 

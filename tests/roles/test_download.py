@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import locks, output
 from darwin_runtime.storage import manifest as manifest_module
-from darwin_runtime.storage import output
 from darwin_runtime.storage.cache import Cache
+from darwin_runtime.storage.entry_check import Claim, EntryCheck
 from darwin_runtime.storage.manifest import Manifest
-from download import _EntryCheck
 from tests.conftest import ROOT, Finished, Tracking, clean_environ, free_port, run_role, wait_until
 from tests.support import prepared, proxy
 from tests.support.proxy import Proxy, proxying
@@ -538,10 +538,10 @@ def test_a_damaged_entry_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     cache, key = Cache.prepare(tmp_path / "cache"), "a" * 64
 
     def publish() -> None:
-        staging = cache.stage(key)
+        staging = locks.stage(cache, key)
         (cache_module.model_of(staging) / "MLmodel").write_text("flavors: {}")
         file = manifest_module.File("MLmodel", 11, hashlib.sha256(b"flavors: {}").hexdigest())
-        cache.publish(staging, key, Manifest("models:/m/1", {}, [file]), "sha256")
+        locks.publish(cache, staging, key, Manifest("models:/m/1", {}, [file]), "sha256")
 
     read: list[Path] = []
 
@@ -550,7 +550,7 @@ def test_a_damaged_entry_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     monkeypatch.setattr(manifest_module, "digest", digest)
-    look = _EntryCheck(cache, key, "sha256")
+    look = EntryCheck(cache, key, Claim("pod", "", tmp_path, "sha256", ""))
     assert not look()
     publish()
     (cache.model(key) / "MLmodel").write_text("flavours: ")

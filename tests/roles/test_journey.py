@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import references
 from darwin_runtime.storage.cache import Cache
 from tests.conftest import ROOT, Tracking, clean_environ, run_fresh, run_role
 from tests.support.apiserver import ApiServer, pod
@@ -98,7 +99,7 @@ def test_straight_from_a_registry_that_says_no(versions: list[Logged], mlflow_se
 @pytest.mark.parametrize("form", ["model", ".", "{alias}/model", "{linked}"])
 def test_darwin_s_chart_finds_it(form: str, versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
     """The places where charts look: `<dir>/model`, `<cache>/<alias>/model`."""
-    alias = cache_module.make_alias("shop", f"models:/{NAME}/1")
+    alias = references.make_alias("shop", f"models:/{NAME}/1")
     strategy: dict[str, Any] = {"STORAGE_STRATEGY": "pvc" if "{" in form else "emptydir", "DEPLOYMENT_NAME": "shop"}
     done = run_role(
         "download.py",

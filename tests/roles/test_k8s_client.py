@@ -573,17 +573,3 @@ def test_nobody_there_is_tried_until_the_deadline(account: Path) -> None:
             with pytest.raises(ApiError, match=message) as caught:
                 names(client)
     assert caught.value.code == 0
-
-
-MOUNTS = """1 0 0:1 / / ro - overlay overlay rw
-2 1 254:1 /var/lib/kubelet/pods/01234567-89ab-cdef-0123-456789abcdef/etc-hosts /etc/hosts rw - ext4 /dev/vda1 rw
-"""
-
-
-def test_a_pod_s_uid(tmp_path: Path) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS)
-    assert k8s_client.pod_uid(mounts) == "01234567-89ab-cdef-0123-456789abcdef"
-    mounts.write_text(MOUNTS.partition("\n")[0])
-    assert k8s_client.pod_uid(mounts) == ""
-    assert k8s_client.pod_uid(tmp_path / "absent") == ""

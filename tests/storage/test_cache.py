@@ -11,8 +11,8 @@ import pytest
 
 from darwin_runtime.errors import NotACache, RoleError
 from darwin_runtime.storage import cache as cache_module
-from darwin_runtime.storage import disk
-from darwin_runtime.storage.cache import Cache, Lock, LockState
+from darwin_runtime.storage import disk, locks, references
+from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -21,10 +21,12 @@ KEY, OTHER = "a" * 64, "b" * 64
 def publish(
     cache: Cache, key: str, content: bytes = b"weights", uri: str = "models:/m/1", verify: str = "size"
 ) -> bool:
-    staging = cache.stage(key)
+    staging = locks.stage(cache, key)
     (staging / "model" / "MLmodel").write_bytes(content)
     sha = hashlib.sha256(content).hexdigest()
-    return cache.publish(staging, key, Manifest(uri, {"version": "1"}, [File("MLmodel", len(content), sha)]), verify)
+    return locks.publish(
+        cache, staging, key, Manifest(uri, {"version": "1"}, [File("MLmodel", len(content), sha)]), verify
+    )
 
 
 def test_published_is_whole(cache: Cache) -> None:
@@ -44,10 +46,10 @@ def test_the_first_publisher_wins(cache: Cache) -> None:
 
 
 def test_what_the_manifest_denies_is_not_published(cache: Cache) -> None:
-    staging = cache.stage(KEY)
+    staging = locks.stage(cache, KEY)
     (staging / "model" / "MLmodel").write_bytes(b"half")
     with pytest.raises(RoleError, match="4 bytes instead of 8"):
-        cache.publish(staging, KEY, Manifest("models:/m/1", {}, [File("MLmodel", 8, "0" * 64)]))
+        locks.publish(cache, staging, KEY, Manifest("models:/m/1", {}, [File("MLmodel", 8, "0" * 64)]))
     assert not cache.has(KEY)
 
 
@@ -149,7 +151,7 @@ def test_a_lease_written_anew_is_not_dropped(cache: Cache) -> None:
 
 
 def found(cache: Cache, key: str) -> tuple[int, int]:
-    there = cache.which(key)
+    there = cache.fingerprint(key)
     assert there
     return there
 
@@ -201,102 +203,6 @@ def test_a_withdrawn_announcement_removes_nothing(cache: Cache) -> None:
     cache.cancel(removal)
     assert not cache.commit(removal)
     assert cache.has(KEY)
-
-
-# Locks
-
-
-def test_one_of_several_gets_the_lock(cache: Cache) -> None:
-    lock = cache.try_lock(KEY, "one")
-    assert isinstance(lock, Lock)
-    lock.beat(3, 10)
-    holder = cache.try_lock(KEY, "two")
-    assert isinstance(holder, LockState)
-    assert (holder.owner, holder.arrived, holder.total, holder.alive) == ("one", 3, 10, True)
-    lock.release(done=True)
-    assert isinstance(cache.try_lock(KEY, "two"), Lock)
-
-
-@pytest.mark.parametrize("end", ["silence", "release", "restart"])
-def test_a_lock_passes_on_with_what_was_staged(end: str, cache: Cache) -> None:
-    lock = cache.try_lock(KEY, "one")
-    assert isinstance(lock, Lock)
-    first = cache.stage(KEY, lock)
-    (first / "model" / "MLmodel").write_bytes(b"whole")
-    if end == "silence":
-        os.utime(cache.root / ".locks" / KEY, (0, 0))
-    elif end == "release":
-        lock.release(done=False)
-    heir = cache.try_lock(KEY, "one" if end == "restart" else "two")
-    assert isinstance(heir, Lock)
-    staging = cache.stage(KEY, heir)
-    assert staging != first
-    assert not first.exists(), "who is not dead after all finds nothing there"
-    assert (staging / "model" / "MLmodel").read_bytes() == b"whole"
-    assert [path.name for path in (cache.root / ".locks").iterdir()] == [KEY]
-
-
-def test_who_has_lost_the_lock_does_not_release_it(cache: Cache) -> None:
-    lock = cache.try_lock(KEY, "one")
-    assert isinstance(lock, Lock)
-    os.utime(cache.root / ".locks" / KEY, (0, 0))
-    assert isinstance(cache.try_lock(KEY, "two"), Lock)
-    lock.release(done=True)
-    assert isinstance(cache.try_lock(KEY, "three"), LockState)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"owner": 1}'])
-def test_a_lock_that_is_being_written_is_held(text: str, cache: Cache) -> None:
-    (cache.root / ".locks" / KEY).write_text(text)
-    assert isinstance(cache.try_lock(KEY, "two"), LockState)
-
-
-def test_only_the_key_s_own_staging_is_inherited(cache: Cache) -> None:
-    others = [f"{OTHER}.0a", "thesis"]
-    for name in (*others, f"{KEY}.0a", f"{KEY}.0b"):
-        (cache.root / ".staging" / name / "model" / "MLmodel").mkdir(parents=True)
-    lock = cache.try_lock(KEY, "one")
-    assert isinstance(lock, Lock)
-    assert list(cache_module.model_of(cache.stage(KEY, lock)).iterdir()) == [], "of others that may live"
-    heir = cache.try_lock(KEY, "one")
-    assert isinstance(heir, Lock)
-    staging = cache.stage(KEY, heir)
-    assert sorted(path.name for path in (cache.root / ".staging").iterdir()) == sorted([*others, staging.name])
-
-
-def test_what_nobody_shows_to_be_alive_is_inherited_by_whoever_comes(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of those who take a lock over at the same time, one may find no lock at all."""
-    (cache.stage(KEY) / "model" / "MLmodel").touch()
-    monkeypatch.setattr(cache_module, "SILENCE_SECONDS", -1)
-    lock = cache.try_lock(KEY, "one")
-    assert isinstance(lock, Lock)
-    assert not lock.inherited
-    assert [path.name for path in (cache.stage(KEY, lock) / "model").iterdir()] == ["MLmodel"]
-
-
-def test_what_was_staged_is_inherited_from_one_that_died_inheriting(cache: Cache) -> None:
-    lock = cache.try_lock(KEY, "one")
-    assert isinstance(lock, Lock)
-    (cache_module.model_of(cache.stage(KEY, lock)) / "MLmodel").touch()
-    lock.path.rename(disk.temporary(lock.path))
-    heir = cache.try_lock(KEY, "two")
-    assert isinstance(heir, Lock)
-    assert [path.name for path in cache_module.model_of(cache.stage(KEY, heir)).iterdir()] == ["MLmodel"]
-    assert [path.name for path in (cache.root / ".locks").iterdir()] == [KEY]
-
-
-def test_staging_with_a_planted_link_is_not_inherited(cache: Cache, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    lock = cache.try_lock(KEY, "one")
-    assert isinstance(lock, Lock)
-    first = cache.stage(KEY, lock)
-    (first / "model" / "extra").symlink_to(outside)
-    heir = cache.try_lock(KEY, "one")
-    assert isinstance(heir, Lock)
-    assert list((cache.stage(KEY, heir) / "model").iterdir()) == []
 
 
 # What it holds
@@ -375,16 +281,16 @@ def test_a_manifest_that_overflows_is_no_manifest(text: str, cache: Cache) -> No
 
 
 def test_refs(cache: Cache) -> None:
-    assert cache.ref("http://mlflow", "models:/m@a") is None
-    cache.set_ref("http://mlflow", "models:/m@a", KEY)
-    found = cache.ref("http://mlflow", "models:/m@a")
+    assert references.find_ref(cache, "http://mlflow", "models:/m@a") is None
+    references.set_ref(cache, "http://mlflow", "models:/m@a", KEY)
+    found = references.find_ref(cache, "http://mlflow", "models:/m@a")
     assert found is not None
     assert found[0] == KEY
-    assert cache.ref("http://elsewhere", "models:/m@a") is None
-    cache.drop_dangling(3600)
-    assert cache.ref("http://mlflow", "models:/m@a") is not None
-    cache.drop_dangling(-1)
-    assert cache.ref("http://mlflow", "models:/m@a") is None
+    assert references.find_ref(cache, "http://elsewhere", "models:/m@a") is None
+    references.drop_dangling(cache, 3600)
+    assert references.find_ref(cache, "http://mlflow", "models:/m@a") is not None
+    references.drop_dangling(cache, -1)
+    assert references.find_ref(cache, "http://mlflow", "models:/m@a") is None
 
 
 def test_trash_and_back(cache: Cache) -> None:
@@ -392,7 +298,7 @@ def test_trash_and_back(cache: Cache) -> None:
     trash = set_aside(cache, KEY)
     assert not cache.has(KEY)
     assert [key for _, key in cache.trash()] == [KEY]
-    assert KEY in cache.names(), "still asked for by that name"
+    assert KEY in references.all_names(cache), "still asked for by that name"
     assert not cache.commit(cache.announce(KEY))
     assert cache.restore(trash, KEY)
     assert cache.damage(KEY) == []
@@ -408,31 +314,31 @@ def test_a_new_download_keeps_its_place(cache: Cache) -> None:
 
 
 def test_aliases(cache: Cache) -> None:
-    alias = cache_module.make_alias("shop", "models:/m/1")
+    alias = references.make_alias("shop", "models:/m/1")
     assert alias == hashlib.sha256(b"shop:models:/m/1").hexdigest()
     publish(cache, KEY)
-    cache.set_alias(alias, OTHER)
-    cache.set_alias(alias, KEY)
-    assert cache.aliases() == {alias: KEY}
+    references.set_alias(cache, alias, OTHER)
+    references.set_alias(cache, alias, KEY)
+    assert references.aliases(cache) == {alias: KEY}
     assert (cache.root / alias / "model" / "MLmodel").is_file()
-    assert cache.names() == {alias: KEY, KEY: KEY}
+    assert references.all_names(cache) == {alias: KEY, KEY: KEY}
 
 
 def test_only_old_links_to_nothing_are_dropped(cache: Cache) -> None:
     publish(cache, KEY)
     for alias, key in {"c" * 64: KEY, "d" * 64: OTHER}.items():
-        cache.set_alias(alias, key)
-    cache.drop_dangling(3600)
-    assert len(cache.aliases()) == 2
-    cache.drop_dangling(-1)
-    assert cache.aliases() == {"c" * 64: KEY}
+        references.set_alias(cache, alias, key)
+    references.drop_dangling(cache, 3600)
+    assert len(references.aliases(cache)) == 2
+    references.drop_dangling(cache, -1)
+    assert references.aliases(cache) == {"c" * 64: KEY}
     assert cache.has(KEY)
 
 
 def test_an_alias_taken_by_a_directory_stays(cache: Cache) -> None:
     (cache.root / OTHER).mkdir()
     with pytest.raises(OSError, match=OTHER):
-        cache.set_alias(OTHER, KEY)
+        references.set_alias(cache, OTHER, KEY)
     assert (cache.root / OTHER).is_dir()
     assert not list(cache.root.glob(".b*"))
 
@@ -441,7 +347,7 @@ def test_a_planted_link_is_neither_entry_nor_alias(cache: Cache, tmp_path: Path)
     outside = tmp_path / "outside"
     outside.mkdir()
     (cache.root / KEY).symlink_to(outside)
-    assert cache.aliases() == {}
+    assert references.aliases(cache) == {}
     assert cache.entries(cache.now()) == ([], [])
     with pytest.raises(NotACache, match="symbolic link where an entry belongs; remove it by hand"):
         publish(cache, KEY)
@@ -525,7 +431,7 @@ def test_preparing_twice_changes_nothing(cache: Cache) -> None:
 
 
 def test_left_over_by_what_happened_last(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    staging = cache.stage(KEY)
+    staging = locks.stage(cache, KEY)
     # A local store's copy keeps its source's times, which say nothing about the download.
     old = staging / "model" / "MLmodel"
     old.touch()
@@ -538,8 +444,8 @@ def test_left_over_by_what_happened_last(cache: Cache, monkeypatch: pytest.Monke
 
 def test_everything_of_the_dead_is_left_over_at_last(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(cache, KEY)
-    cache.try_lock(OTHER, "one")
-    cache.stage(OTHER)
+    locks.try_lock(cache, OTHER, "one")
+    locks.stage(cache, OTHER)
     cache.announce(OTHER)
     for directory in (cache.root, cache.root / ".leases", cache.root / ".trash"):
         disk.temporary(directory / "x").touch()
@@ -548,7 +454,7 @@ def test_everything_of_the_dead_is_left_over_at_last(cache: Cache, monkeypatch: 
     assert list(cache.leftovers()) == [doomed], "which nobody may want back"
     monkeypatch.setattr(cache_module, "ABANDONED_SECONDS", -1)
     for path in list(cache.leftovers()):
-        cache.discard(path)
+        cache.delete_tree(path)
     assert sorted(path.name for path in cache.root.iterdir()) == sorted(
         [cache_module.TAG_NAME, KEY, ".leases", ".locks", ".refs", ".staging", ".trash"]
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from darwin_runtime.storage import cache as cache_module
+from darwin_runtime.storage import locks, references
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
 from tests.conftest import Tracking
@@ -167,7 +168,7 @@ def filled(place: Path) -> Cache:
     """Three entries of which one is leased, one in the trash; something of every kind that the dead leave."""
     cache = Cache.prepare(place)
     for key in (LEASED, FREE, OTHER):
-        staging = cache.stage(key)
+        staging = locks.stage(cache, key)
         content = key.encode()
         files = []
         for name in ("MLmodel", "deep/weights"):
@@ -175,7 +176,7 @@ def filled(place: Path) -> Cache:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
             files.append(File(name, len(content), hashlib.sha256(content).hexdigest()))
-        cache.publish(staging, key, Manifest(f"models:/{key[0]}/1", {}, files))
+        locks.publish(cache, staging, key, Manifest(f"models:/{key[0]}/1", {}, files))
         os.utime(cache.root / key / "last_used", (0, 0))
     removal = cache.announce(OTHER)
     cache.commit(removal)
@@ -185,7 +186,7 @@ def filled(place: Path) -> Cache:
     for path in (cache.root / ".leases").iterdir():
         os.utime(path, (0, 0))
     (cache.root / ".trash" / "0.doomed" / "model").mkdir(parents=True)
-    cache.set_alias("d" * 64, FREE)
+    references.set_alias(cache, "d" * 64, FREE)
     os.utime(cache.root / ("d" * 64), (0, 0), follow_symlinks=False)
     return cache
 

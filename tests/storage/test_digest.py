@@ -23,7 +23,7 @@ from darwin_runtime.model.model import Model
 from darwin_runtime.model.self_test import load_checked
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import digest as digest_module
-from darwin_runtime.storage import output
+from darwin_runtime.storage import locks, output
 from darwin_runtime.storage.cache import Cache
 from tests.conftest import ROOT, Finished, Tracking, run_role, wait_until
 from tests.support.models import BASE, REQUIREMENTS, model_path, save
@@ -219,8 +219,8 @@ def test_a_poisoned_download_half_way_is_not_gone_on_with_forever(digest: str, t
     [key] = entries(tmp_path)
     cache = Cache(tmp_path / "cache")
     (tmp_path / "cache" / key).rename(tmp_path / "cache" / ".staging" / f"{key}.00")
-    lock = cache.try_lock(key, "somebody")
-    assert isinstance(lock, cache_module.Lock)
+    lock = locks.try_lock(cache, key, "somebody")
+    assert isinstance(lock, locks.Lock)
     lock.release(done=False)
     model = tmp_path / "cache" / ".staging" / f"{key}.00" / "model" / "model.skops"
     model.write_bytes(model.read_bytes()[::-1])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from darwin_runtime.storage import cache as cache_module
-from darwin_runtime.storage import disk
+from darwin_runtime.storage import disk, locks
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
 from tests.conftest import ROOT, Finished, absent, clean_environ, program, run_role
@@ -96,10 +96,10 @@ def download(model: Path, cache: Path, output: Path, **settings: object) -> Fini
 
 def publish(cache: Cache, key: str, size: int) -> None:
     content = os.urandom(size)
-    staging = cache.stage(key)
+    staging = locks.stage(cache, key)
     (cache_module.model_of(staging) / "MLmodel").write_bytes(content)
     file = File("MLmodel", size, hashlib.sha256(content).hexdigest())
-    cache.publish(staging, key, Manifest("models:/m/1", {}, [file]))
+    locks.publish(cache, staging, key, Manifest("models:/m/1", {}, [file]))
     os.utime(cache.root / key / "last_used", (0, 0))
 
 
@@ -264,7 +264,7 @@ def test_nothing_outside_is_touched(tmp_path: Path, model: Path, api: ApiServer)
     done = download(model, cache.root, tmp_path / "models")
     assert done.code == 0, done.err
     [key] = [name for name in os.listdir(cache.root) if cache_module.is_key(name)]
-    cache.discard(cache.root / key)
+    cache.delete_tree(cache.root / key)
 
     (cache.root / OTHER).symlink_to(outside)
     (cache.root / "notes").symlink_to(outside)

@@ -20,10 +20,11 @@ from darwin_runtime import __main__ as command
 from darwin_runtime.errors import FileChanged, RoleError
 from darwin_runtime.model.integrity import check_whole
 from darwin_runtime.storage import cache as cache_module
-from darwin_runtime.storage import disk, output
+from darwin_runtime.storage import disk, locks, output, references
 from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
+from darwin_runtime.storage.single_flight import Waiting
 from tests.conftest import Finished, run_role
 from tests.roles.test_cleanup import clean, lease, publish
 from tests.support.apiserver import ApiServer, pod
@@ -96,12 +97,12 @@ ODD: list[Plant] = [os.mkfifo, _device, _socket, _directory, _endless]
 
 
 def entry(cache: Cache, files: dict[str, bytes], key: str = KEY) -> Path:
-    staging = cache.stage(key)
+    staging = locks.stage(cache, key)
     for name, content in files.items():
         (staging / "model" / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / "model" / name).write_bytes(content)
     listed = [File(name, len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()]
-    cache.publish(staging, key, Manifest("models:/m/1", {}, listed))
+    locks.publish(cache, staging, key, Manifest("models:/m/1", {}, listed))
     return cache.root / key
 
 
@@ -331,18 +332,16 @@ def test_nothing_planted_hangs_a_role_or_leads_it_astray(
 )
 def test_whatever_is_in_a_lock_or_a_ref_is_survived(text: bytes, cache: Cache) -> None:
     (cache.root / ".locks" / KEY).write_bytes(text)
-    holder = cache.try_lock(KEY, "me")
-    assert isinstance(holder, cache_module.LockState)
+    holder = locks.try_lock(cache, KEY, "me")
+    assert isinstance(holder, locks.LockState)
     assert holder.owner.isprintable()
     assert len(holder.owner) <= 500
-    import download
-
-    download._Waiting(KEY).say(holder)
-    cache.set_ref("http://mlflow", "models:/m/1", KEY)
+    Waiting(KEY).log(holder)
+    references.set_ref(cache, "http://mlflow", "models:/m/1", KEY)
     [ref] = (cache.root / ".refs").iterdir()
     ref.write_bytes(text)
-    assert cache.ref("http://mlflow", "models:/m/1") is None
-    cache.drop_dangling(0)
+    assert references.find_ref(cache, "http://mlflow", "models:/m/1") is None
+    references.drop_dangling(cache, 0)
 
 
 @contextlib.contextmanager
@@ -380,9 +379,9 @@ def test_a_tree_without_a_bottom(cache: Cache, api: ApiServer) -> None:
 
 def test_a_part_is_not_written_through_a_link(outside: Path, tmp_path: Path) -> None:
     """Planted after the part's name is known, before it is opened."""
-    from darwin_runtime.storage.transfer import _Part
+    from darwin_runtime.storage.parts import Part
 
-    part = _Part(tmp_path, "model.pkl")
+    part = Part(tmp_path, "model.pkl")
     part.path.symlink_to(outside / "file")
     with pytest.raises(OSError, match="symbolic link"):
         part.open()

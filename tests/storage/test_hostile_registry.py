@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from darwin_runtime.errors import RoleError
-from darwin_runtime.storage import transfer
-from darwin_runtime.storage.resolve import Retry
+from darwin_runtime.storage import fetch as fetch_module
+from darwin_runtime.storage.attempts import RetryPolicy
 from tests.conftest import Finished, http_server, run_role
 
 LOGIN = {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "canary-pa55word"}
@@ -126,9 +126,9 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serving_environment: 
     def fetched(running: Registry) -> Path:
         for name, value in {**running.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(transfer, "Retry", lambda: Retry(0))
+        monkeypatch.setattr(fetch_module, "RetryPolicy", lambda: RetryPolicy(0))
         (tmp_path / "models").mkdir()
-        transfer.fetch_model("models:/m/1", tmp_path / "models")
+        fetch_module.fetch_model("models:/m/1", tmp_path / "models")
         return tmp_path / "models"
 
     return fetched

@@ -14,7 +14,8 @@ import pytest
 from darwin_runtime.errors import RoleError, StoreUnreachable
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import resolve
-from darwin_runtime.storage.resolve import RemoteFile, Retry, Source
+from darwin_runtime.storage.artifacts import RemoteFile, Source
+from darwin_runtime.storage.attempts import RetryPolicy
 from tests.conftest import free_port, http_server
 from tests.support.apiserver import ApiServer
 
@@ -238,7 +239,7 @@ def test_a_listing_without_an_end_comes_to_one(
 
 
 def test_waiting_grows_and_is_bounded() -> None:
-    delays = list(Retry(2000, 5.0).delays())
+    delays = list(RetryPolicy(2000, 5.0).delays())
     assert len(delays) == 2000
     for attempt, delay in enumerate(delays[:4]):
         assert 2.5 * 2**attempt <= delay <= 5 * 2**attempt

@@ -21,10 +21,13 @@ import pytest
 import urllib3
 
 from darwin_runtime.errors import DamagedDownload, RoleError, StoreUnreachable
-from darwin_runtime.storage import resolve
+from darwin_runtime.storage import artifacts, parts, progress, store_errors
 from darwin_runtime.storage import transfer as transfer_module
-from darwin_runtime.storage.resolve import RemoteFile, Retry, Source
-from darwin_runtime.storage.transfer import Deadline, Transfer
+from darwin_runtime.storage.artifacts import RemoteFile, Source
+from darwin_runtime.storage.attempts import Deadline, RetryPolicy
+from darwin_runtime.storage.parts import Part
+from darwin_runtime.storage.progress import format_progress
+from darwin_runtime.storage.transfer import Transfer
 from tests.conftest import http_server, wait_until
 
 BODY = bytes(range(256)) * 4096
@@ -33,7 +36,7 @@ BODY = bytes(range(256)) * 4096
 def transfer(
     source: Source, directory: Path, *, retries: int = 0, seconds: float = 60, shared: bool = False
 ) -> Transfer:
-    retry, deadline = Retry(retries, 0.001), Deadline(seconds)
+    retry, deadline = RetryPolicy(retries, 0.001), Deadline(seconds)
     return Transfer(source, directory / "model", directory / "parts", retry, deadline, shared=shared)
 
 
@@ -75,16 +78,16 @@ def half_way(tmp_path: Path, seen: Callable[[], bool]) -> None:
 
 
 def test_progress_tells_percent_rate_and_time_left() -> None:
-    assert transfer_module.progress(1_000_000, 4_000_000, 0, 2.0) == "25% of 3.8 MiB, 0.5 MB/s, ETA 6 s"
-    assert transfer_module.progress(3_000_000, 4_000_000, 2_000_000, 2.0) == "75% of 3.8 MiB, 0.5 MB/s, ETA 2 s"
-    assert transfer_module.progress(0, 4_000_000, 0, 2.0) == "0% of 3.8 MiB, 0.0 MB/s, ETA unknown"
+    assert format_progress(1_000_000, 4_000_000, 0, 2.0) == "25% of 3.8 MiB, 0.5 MB/s, ETA 6 s"
+    assert format_progress(3_000_000, 4_000_000, 2_000_000, 2.0) == "75% of 3.8 MiB, 0.5 MB/s, ETA 2 s"
+    assert format_progress(0, 4_000_000, 0, 2.0) == "0% of 3.8 MiB, 0.0 MB/s, ETA unknown"
 
 
 def test_progress_is_a_line_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(transfer_module, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 0.01)
     half_way(tmp_path, lambda: "50% of 1000 B" in caplog.text)
     assert "downloading 1 files, 1000 B" in caplog.text
     assert "downloaded 1000 B in" in caplog.text
@@ -102,7 +105,7 @@ def test_progress_is_one_rewriting_line_on_a_terminal(tmp_path: Path, monkeypatc
 
     with open(slave, "w") as terminal:  # noqa: PTH123 - a descriptor has no path
         monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr(transfer_module, "TERMINAL_PROGRESS_SECONDS", 0.01)
+        monkeypatch.setattr(progress, "TERMINAL_PROGRESS_SECONDS", 0.01)
         half_way(tmp_path, seen)
         monkeypatch.undo()
         wait_until(lambda: seen() and told.endswith(b"\r\x1b[K"), "the line's end, of which nothing is left")
@@ -149,7 +152,7 @@ def test_one_failure_stops_the_rest(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_not_the_store_s_fault(tmp_path: Path) -> None:
     def write(_path: str, _local: str) -> None:
-        with resolve.explained("models:/m/2"):
+        with store_errors.explained("models:/m/2"):
             try:
                 raise OSError(28, "No space left on device")
             except OSError as error:
@@ -235,7 +238,7 @@ class Served:
         return [RemoteFile("MLmodel", len(BODY))], []
 
     def open(self, path: str, offset: int) -> urllib3.BaseHTTPResponse:
-        with resolve.explained("models:/m/2"):
+        with store_errors.explained("models:/m/2"):
             headers = {"Range": f"bytes={offset}-"} if offset else {}
             return urllib3.request("GET", f"{self.url}/{path}", headers=headers, preload_content=False, timeout=5)
 
@@ -502,8 +505,8 @@ def test_an_encoded_body_is_decoded(tmp_path: Path) -> None:
 def test_a_quick_store_is_read_in_large_chunks_to_the_end_and_its_connection_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer_module, "GATHER_SECONDS", 1e6)  # the test's machine may be slow
-    size = 5 * transfer_module.CHUNK_BYTES + 100
+    monkeypatch.setattr(artifacts, "GATHER_SECONDS", 1e6)  # the test's machine may be slow
+    size = 5 * artifacts.CHUNK_BYTES + 100
     bodies = {"large": os.urandom(size), "small": b"end", "MLmodel": b"x"}
     connections = set()
     lengths = []
@@ -526,19 +529,19 @@ def test_a_quick_store_is_read_in_large_chunks_to_the_end_and_its_connection_use
 
     class Store(Served):
         def open(self, path: str, offset: int) -> urllib3.BaseHTTPResponse:
-            with resolve.explained("models:/m/2"):
+            with store_errors.explained("models:/m/2"):
                 return pool.request("GET", f"/{path}", preload_content=False)
 
         def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
             return [RemoteFile(name, len(body)) for name, body in bodies.items()], []
 
-    add = transfer_module._Part.add
+    add = Part.add
 
     def counting(part: Any, target: Any, chunk: bytes) -> None:
         lengths.append(len(chunk))
         add(part, target, chunk)
 
-    monkeypatch.setattr(transfer_module._Part, "add", counting)
+    monkeypatch.setattr(Part, "add", counting)
     with http_server(Handler) as url:
         pool = urllib3.connection_from_url(url, maxsize=1, block=True, timeout=5, retries=False)
         source = Source("models:/m/2", {}, [(name, len(body)) for name, body in bodies.items()], Store())
@@ -547,11 +550,11 @@ def test_a_quick_store_is_read_in_large_chunks_to_the_end_and_its_connection_use
     assert {name: (tmp_path / "model" / name).read_bytes() for name in bodies} == bodies
     assert len(connections) == 1
     # Small packets may fill what the kernel holds before they are a whole chunk.
-    assert sum(length >= transfer_module.CHUNK_BYTES / 2 for length in lengths) >= 3
+    assert sum(length >= artifacts.CHUNK_BYTES / 2 for length in lengths) >= 3
 
 
 def test_a_store_that_trickles_has_stalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_module, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(parts, "STALL_SECONDS", 0.05)
     ended = threading.Event()
 
     def trickling(handler: _Handler, offset: int) -> None:

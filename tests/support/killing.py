@@ -105,23 +105,22 @@ def main() -> None:
 
 def no_locks() -> None:
     """Every downloader gets the lock at once."""
-    from darwin_runtime.storage import cache as cache_module
+    from darwin_runtime.storage import locks
+    from darwin_runtime.storage.cache import Cache
 
-    def try_lock(cache: cache_module.Cache, key: str, owner: str) -> cache_module.Lock:
+    def try_lock(cache: Cache, key: str, owner: str) -> locks.Lock:
         path = cache.root / ".locks" / f"{key}.{os.getpid()}"
-        return cache_module.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
+        return locks.Lock(path, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), owner, inherited=False)
 
-    cache_module.Cache.try_lock = try_lock  # type: ignore[assignment,method-assign]
+    locks.try_lock = try_lock
 
 
 def quick_heartbeat() -> None:
     """The dead are noticed soon, and leave what had arrived."""
-    import download
-    from darwin_runtime.storage import cache as cache_module
-    from darwin_runtime.storage import transfer
+    from darwin_runtime.storage import locks, single_flight, transfer
 
     transfer.COMMIT_SECONDS, transfer.SYNC_SECONDS, transfer.LOOK_SECONDS = 0.2, 0.2, 0.05
-    cache_module.HEARTBEAT_SECONDS, cache_module.SILENCE_SECONDS, download.POLL_SECONDS = 0.2, 1.0, 0.05
+    locks.HEARTBEAT_SECONDS, locks.SILENCE_SECONDS, single_flight.POLL_SECONDS = 0.2, 1.0, 0.05
 
 
 def _hook(within: tuple[str, ...], at: int | None, noted: int) -> Any:
