@@ -70,7 +70,9 @@ class Settings:
             output=Path(read.text("OUTPUT_PATH", "/models")),
             strategy=read.choice("STORAGE_STRATEGY", "emptydir", ("emptydir", "pvc")),
             cache=Path(read.text("CACHE_PATH", "/model-cache")),
-            retry=RetryPolicy(read.integer("MAX_RETRIES", 3, minimum=0), read.number("BACKOFF_SECONDS", 5.0, minimum=0)),
+            retry=RetryPolicy(
+                read.integer("MAX_RETRIES", 3, minimum=0), read.number("BACKOFF_SECONDS", 5.0, minimum=0)
+            ),
             timeout_seconds=read.number("DOWNLOAD_TIMEOUT_SECONDS", fetch.TIMEOUT_SECONDS, minimum=1),
             verify=read.choice("VERIFY", "size", manifest_module.VERIFY),
             required=required,

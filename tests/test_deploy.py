@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import fnmatch
 import itertools
@@ -25,8 +24,9 @@ import yaml
 from packaging.requirements import Requirement
 
 import cleanup
-import darwin_serve
 import download
+from darwin_runtime.http.endpoints import ROUTES
+from darwin_runtime.http.settings import Settings
 from darwin_runtime.model.diagnose import FLAVOR_OF_PACKAGE
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import fetch
@@ -350,15 +350,7 @@ def test_the_login_is_an_optional_secret_as_the_readme_makes_it() -> None:
 
 def routes() -> set[str]:
     """What can be asked of the server with GET."""
-    return {
-        str(node.elts[1].value)
-        for node in ast.walk(ast.parse((ROOT / "darwin_runtime/http/app.py").read_text()))
-        if isinstance(node, ast.Tuple)
-        and len(node.elts) > 1
-        and isinstance(node.elts[0], ast.Constant)
-        and node.elts[0].value == "GET"
-        and isinstance(node.elts[1], ast.Constant)
-    }
+    return {path for route in ROUTES if route.verb == "GET" for path in route.paths}
 
 
 @pytest.mark.parametrize("file", MAIN)
@@ -687,13 +679,13 @@ def test_the_component_lets_in_whom_it_says(file: str, tmp_path: Path) -> None:
             for found in re.findall(r"[\w-]+\.?\w+(?=$| )", secrets[secret["secretName"]]):
                 (tmp_path / name / found).write_bytes(content[found])
             environ = {key: value.replace(mount["mountPath"], str(tmp_path / name)) for key, value in environ.items()}
-    settings = darwin_serve.Settings.from_env(Reader(environ))
+    settings = Settings.from_env(Reader(environ))
     assert settings.tls is not None
     assert settings.guard is not None
 
     probes = [main[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
     assert {probe["scheme"] for probe in probes} == {"HTTPS"}
-    assert {probe["path"] for probe in probes} <= settings.guard.needs.exempt
+    assert {probe["path"] for probe in probes} <= settings.guard.policy.exempt
     assert deployment["spec"]["template"]["metadata"]["annotations"]["prometheus.io/scheme"] == "https"
 
 
@@ -776,7 +768,7 @@ def test_every_module_is_copied_into_the_image() -> None:
         *TOP,
         *(str(path.relative_to(ROOT)) for path in ROOT.glob("darwin_runtime/**/*") if path.suffix != ".pyc"),
     ]
-    assert "darwin_runtime/http/page.html" in modules
+    assert {"darwin_runtime/http/page.html", "darwin_runtime/http/openapi.json"} <= set(modules)
     for module in modules:
         assert module.endswith("__pycache__") or not ignored(module), module
     assert "--from=build /app /app" in of(final, "COPY")

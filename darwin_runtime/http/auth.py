@@ -24,7 +24,7 @@ from darwin_runtime.http.reloading import ReloadingFile, content
 from darwin_runtime.settings import Reader
 
 # Every one of them is compared with, for each request.
-MOST_KEYS = 1000
+MAX_KEYS = 1000
 
 # What the server's side of the connection puts into the scope's state, if the client has shown a valid certificate.
 CERTIFIED = "client_certificate"
@@ -55,15 +55,15 @@ class Guard:
     """Tells whether a request may be answered, by its headers and its connection alone."""
 
     def __init__(self, keys: Keys | None, *, certificates: bool, exempt: frozenset[str]) -> None:
-        self.needs = AuthPolicy(keys is not None, certificates, exempt)
+        self.policy = AuthPolicy(keys is not None, certificates, exempt)
         self._keys = keys
 
     def refusal(self, scope: Scope, headers: Mapping[bytes, bytes], path: str) -> Forbidden | Unauthorized | None:
         """What is wrong with a request to `path`, if anything is."""
-        needs = self.needs
-        if path in needs.exempt:
+        policy = self.policy
+        if path in policy.exempt:
             return None
-        if needs.certificate and not scope.get("state", {}).get(CERTIFIED):
+        if policy.certificate and not scope.get("state", {}).get(CERTIFIED):
             return Forbidden("a client certificate is needed: connect with one of the CA that this server trusts")
         if self._keys is None:
             return None
@@ -142,8 +142,8 @@ def _parse(path: Path) -> tuple[tuple[bytes, ...], list[int]]:
             digests[hashlib.sha256(line).digest()] = None
         elif line and not line.startswith(b"#"):
             bad.append(number)
-    if len(digests) > MOST_KEYS:
-        raise UnusableFile(f"API_KEYS_FILE: {path} has {len(digests)} keys, more than {MOST_KEYS}")
+    if len(digests) > MAX_KEYS:
+        raise UnusableFile(f"API_KEYS_FILE: {path} has {len(digests)} keys, more than {MAX_KEYS}")
     return tuple(digests), bad
 
 

@@ -15,7 +15,6 @@ import struct
 import sys
 import termios
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
@@ -25,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from darwin_runtime.http import tls
 from darwin_runtime.http.auth import CERTIFIED
+from darwin_runtime.http.settings import ConnectionLimits
 
 # What of a request's head comes besides names and values: separators, the verb, the version.
 HEADER_OVERHEAD = 4
@@ -36,25 +36,12 @@ CHUNK_OVERHEAD = 32
 HOP_BY_HOP = (b"connection", b"upgrade", b"http2-settings")
 
 # Requests that one connection may send before the first is answered. Beyond, they are for filling the memory.
-MOST_PIPELINED = 64
+MAX_PIPELINED = 64
 
 # What answers that nobody reads may occupy, of all connections together.
-MOST_UNREAD_BYTES = 128 * 1024 * 1024
+MAX_UNREAD_BYTES = 128 * 1024 * 1024
 
 SWEEP_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """What one connection may take: bytes of a head, and seconds to send a request and to read an answer.
-
-    On those beyond `connections`, only probes are answered with anything but 503; those beyond twice that are closed.
-    """
-
-    head_bytes: int = 32 * 1024
-    connections: int = 1000
-    receive_seconds: float = 60
-    send_seconds: float = 60
 
 
 class RequestRefused(Exception):
@@ -74,11 +61,11 @@ class ConnectionLimiter:
 
     def __init__(
         self,
-        bounds: ConnectionLimits,
+        limits: ConnectionLimits,
         refused: Callable[[int], None] = lambda _: None,
         counted: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.bounds = bounds
+        self.limits = limits
         self.refused = refused
         self._counted = counted
         self.connections: set[Connection] = set()
@@ -90,16 +77,16 @@ class ConnectionLimiter:
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
-        count, most = len(self.connections), self.bounds.connections
+        count, max_count = len(self.connections), self.limits.max_connections
         self._counted(count)
-        if count > most:
+        if count > max_count:
             idle = min((other for other in self.connections if other.idle), key=Connection.since, default=None)
             if idle and idle is not connection:
                 idle.leave()
-            elif count > 2 * most:
+            elif count > 2 * max_count:
                 connection.transport.abort()
             else:
-                connection.crowded = True
+                connection.over_limit = True
         if self._timer is None:
             self._watch(connection.loop)
 
@@ -109,8 +96,8 @@ class ConnectionLimiter:
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         # As exact as it has to be where bounds are short.
-        least = min(self.bounds.receive_seconds, self.bounds.send_seconds)
-        self._timer = loop.call_later(min(SWEEP_SECONDS, least / 4), self._sweep, loop)
+        shortest = min(self.limits.receive_seconds, self.limits.send_seconds)
+        self._timer = loop.call_later(min(SWEEP_SECONDS, shortest / 4), self._sweep, loop)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """End connections whose other end is too slow."""
@@ -125,7 +112,7 @@ class ConnectionLimiter:
         unread.sort(key=lambda connection: connection.unread_since)
         held = sum(connection.transport.get_write_buffer_size() for connection in unread)
         for connection in unread:
-            if held > MOST_UNREAD_BYTES or now - connection.unread_since > self.bounds.send_seconds:
+            if held > MAX_UNREAD_BYTES or now - connection.unread_since > self.limits.send_seconds:
                 held -= connection.transport.get_write_buffer_size()
                 connection.reset()
         self._timer = None
@@ -168,12 +155,15 @@ class Cycle(RequestResponseCycle):
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, of which `door` knows. The application finds `crowded` in the scope of requests that came too many."""
+    """uvicorn's connection, bounded by `limiter`.
 
-    def __init__(self, door: ConnectionLimiter, **given: Any) -> None:
+    The application finds `over_limit` in the scope of requests on connections beyond the limit.
+    """
+
+    def __init__(self, limiter: ConnectionLimiter, **given: Any) -> None:
         super().__init__(**given)
-        self.door = door
-        self.crowded = False
+        self.limiter = limiter
+        self.over_limit = False
         self.unread_since = math.inf
         # Since when a request is awaited or arriving.
         self._awaited = 0.0
@@ -200,7 +190,7 @@ class Connection(HttpToolsProtocol):
         between = self._in_head and not self._beside and self.cycle is not None
         if between or (self._in_head and self.cycle is not None and not self.cycle.response_complete):
             return False  # uvicorn's to time, or the model's
-        return now - self._awaited > self.door.bounds.receive_seconds
+        return now - self._awaited > self.limiter.limits.receive_seconds
 
     def is_unread(self, now: float) -> bool:
         """Whether there is something left of a whole answer that the client has not read yet."""
@@ -252,10 +242,10 @@ class Connection(HttpToolsProtocol):
             # Of this connection alone: uvicorn gives a copy to each of its requests.
             self.app_state = {**self.app_state, CERTIFIED: tls.peer_has_certificate(transport)}
         self._awaited = self.loop.time()
-        self.door.enter(self)
+        self.limiter.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.door.leave(self)
+        self.limiter.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -275,7 +265,7 @@ class Connection(HttpToolsProtocol):
                 refused = RequestRefused(HTTPStatus.BAD_REQUEST, "This is not a valid HTTP request.")
             self.refuse(refused)
         else:
-            if self._beside > self.door.bounds.head_bytes:
+            if self._beside > self.limiter.limits.head_bytes:
                 why = "There is more beside the chunks of the body than in them."
                 self.refuse(self._too_large() if self._in_head else RequestRefused(HTTPStatus.BAD_REQUEST, why))
 
@@ -305,17 +295,17 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return
-        if self._beside > self.door.bounds.head_bytes:
+        if self._beside > self.limiter.limits.head_bytes:
             # Much of it may have been body.
             size = len(self.url) + sum(len(name) + len(value) + HEADER_OVERHEAD for name, value in self.headers)
-            if size > self.door.bounds.head_bytes:
+            if size > self.limiter.limits.head_bytes:
                 raise self._too_large()
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             raise RequestRefused(HTTPStatus.BAD_REQUEST, "This server speaks HTTP/1.1.")
-        if len(self.pipeline) >= MOST_PIPELINED:
+        if len(self.pipeline) >= MAX_PIPELINED:
             raise RequestRefused(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests before the first was answered.")
-        if self.crowded and len(self.door.connections) > self.door.bounds.connections:
-            self.scope["crowded"] = True  # type: ignore[typeddict-unknown-key]
+        if self.over_limit and len(self.limiter.connections) > self.limiter.limits.max_connections:
+            self.scope["over_limit"] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
         self.cycle.__class__ = Cycle  # uvicorn, who made it, has no place to say so
         self._in_head = False
@@ -337,7 +327,7 @@ class Connection(HttpToolsProtocol):
             )
 
     def _too_large(self) -> RequestRefused:
-        why = f"The request's head is larger than {self.door.bounds.head_bytes} bytes (MAX_HEADER_KB)."
+        why = f"The request's head is larger than {self.limiter.limits.head_bytes} bytes (MAX_HEADER_KB)."
         return RequestRefused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why)
 
     def refuse(self, refused: RequestRefused) -> None:
@@ -350,7 +340,7 @@ class Connection(HttpToolsProtocol):
         if cycle is not None and not self._in_head and cycle.response_started:
             self.transport.close()  # it has its answer
             return
-        self.door.refused(refused.status)
+        self.limiter.refused(refused.status)
         body = f"{refused}\n".encode()
         usual = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
         self.transport.write(

@@ -41,28 +41,35 @@ class Documents:
     _about: About
     _version: str
     _features: bool
-    _needs: AuthPolicy
+    _policy: AuthPolicy
 
     @classmethod
     def of(
-        cls, contract: ModelSpec, example: Rows | None, about: About, version: str, *, features: bool, needs: AuthPolicy
+        cls,
+        contract: ModelSpec,
+        example: Rows | None,
+        about: About,
+        version: str,
+        *,
+        features: bool,
+        policy: AuthPolicy,
     ) -> Documents:
         """For the model that `contract` and `about` describe, on the server's `version`; `example` is its own input.
 
-        `features` tells whether there is a feature store to ask, `needs` what requests need.
+        `features` tells whether there is a feature store to ask, `policy` what requests need.
         """
         sample = contract.input_schema.sample(example)
         flavor = about.flavors[0] if about.flavors else "pyfunc"
         return cls(
             protocols.schema(contract, example),
             open_inference.model_metadata(contract, flavor),
-            _page(contract, sample, about, version, needs),
+            _page(contract, sample, about, version, policy),
             contract,
             sample,
             about,
             version,
             features,
-            needs,
+            policy,
         )
 
     def openapi(self, root_path: str) -> Reply:
@@ -75,7 +82,7 @@ class Documents:
             root_path=root_path,
             features=self._features,
             chat=self._about.chat,
-            needs=self._needs,
+            policy=self._policy,
         )
         return Reply(200, dump(document))
 
@@ -94,7 +101,7 @@ def _template() -> tuple[str, str]:
     return text, policy
 
 
-def _page(contract: ModelSpec, sample: Any, about: About, version: str, needs: AuthPolicy) -> Reply:
+def _page(contract: ModelSpec, sample: Any, about: About, version: str, policy: AuthPolicy) -> Reply:
     plan = contract.input_schema
     columns = isinstance(plan, TabularSchema) and not isinstance(plan, TypeHintSchema) and plan.named
     told = {
@@ -124,8 +131,8 @@ def _page(contract: ModelSpec, sample: Any, about: About, version: str, needs: A
         "method": contract.method,
         "signature": [*_signature("input", contract.input_schema.specs), *_signature("output", contract.outputs)],
         "files": about.files,
-        "key": needs.key,
-        "certificate": needs.certificate,
+        "key": policy.key,
+        "certificate": policy.certificate,
         "routes": [
             ("Darwin", "POST /predict, GET /schema"),
             ("MLflow", "POST /invocations, GET /ping, GET /version"),
@@ -135,11 +142,11 @@ def _page(contract: ModelSpec, sample: Any, about: About, version: str, needs: A
             ("Prometheus", "GET /metrics"),
         ],
     }
-    text, policy = _template()
+    text, content_policy = _template()
     # Nothing in it may end the element that it is in.
     described = dump(page).decode().replace("<", "\\u003c")
     body = text.replace("{{MODEL}}", described).encode()
-    headers = {"Content-Security-Policy": policy, "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
+    headers = {"Content-Security-Policy": content_policy, "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
     return Reply(200, body, "text/html; charset=utf-8", tuple(headers.items()))
 
 

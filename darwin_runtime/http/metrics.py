@@ -97,17 +97,17 @@ class SharedMetrics:
 
 
 class WorkerMetrics:
-    """What one process counts: it is number `number` on `board`. All methods belong to the event loop's thread."""
+    """What one process counts: it is number `number` on `shared`. All methods belong to the event loop's thread."""
 
-    def __init__(self, board: SharedMetrics, number: int) -> None:
-        self.board = board
-        self._row = board.row(number)
+    def __init__(self, shared: SharedMetrics, number: int) -> None:
+        self.shared = shared
+        self._row = shared.row(number)
         self._row[_PID] = os.getpid()
         self._row[_STARTS] += 1
         # Whoever was here before took with it what it was doing.
         self._row[_IN_PROGRESS] = self._row[_QUEUED] = self._row[_CONNECTIONS] = 0
         # Without the first, which is the waiting room's.
-        self._others = [board.row(other) for other in range(1, board.rows) if other != number]
+        self._others = [shared.row(other) for other in range(1, shared.rows) if other != number]
 
     def began(self) -> None:
         self._row[_IN_PROGRESS] += 1
@@ -146,13 +146,13 @@ class WorkerMetrics:
 
 
 class _Figures(Collector):
-    def __init__(self, board: SharedMetrics, model: Mapping[str, str], load_seconds: float | None) -> None:
-        self._board = board
+    def __init__(self, shared: SharedMetrics, model: Mapping[str, str], load_seconds: float | None) -> None:
+        self._shared = shared
         self._model = model
         self._load_seconds = load_seconds
 
     def collect(self) -> Iterator[Metric]:
-        totals = self._board.totals()
+        totals = self._shared.totals()
         requests = CounterMetricFamily("darwin_requests", "Requests answered.", labels=["protocol", "status"])
         for protocol, at in _PROTOCOL.items():
             for status, index in (*_STATUS.items(), ("other", _OTHER)):
@@ -178,7 +178,7 @@ class _Figures(Collector):
         batches = HistogramMetricFamily("darwin_batch_rows", "Rows that went to the model together.")
         batches.add_metric([], *_BATCH.read(totals))
         yield batches
-        processes = self._board.processes()
+        processes = self._shared.processes()
         yield GaugeMetricFamily("darwin_workers", "Processes that serve.", len(processes))
         starts = CounterMetricFamily("darwin_worker_starts", "Processes that began to serve, replacements included.")
         starts.add_metric([], totals[_STARTS])
@@ -213,11 +213,11 @@ def _memory(pid: int) -> int | None:
 
 
 def exposition(
-    board: SharedMetrics, model: Mapping[str, str], load_seconds: float | None, accept: str
+    shared: SharedMetrics, model: Mapping[str, str], load_seconds: float | None, accept: str
 ) -> tuple[bytes, str]:
     """The figures in the format that a scraper accepts, and its media type."""
     registry = CollectorRegistry()
-    registry.register(_Figures(board, model, load_seconds))
+    registry.register(_Figures(shared, model, load_seconds))
     for wanted in (accept, ""):
         with contextlib.suppress(ValueError, TypeError):  # for a version that is none
             encode, media_type = choose_encoder(wanted)

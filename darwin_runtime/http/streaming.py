@@ -19,7 +19,7 @@ MEDIA_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
 
 # Each has a thread of its own.
-MOST = 32
+MAX_STREAMS = 32
 # Pieces that may wait to be sent.
 AHEAD = 16
 
@@ -46,7 +46,7 @@ class Streams:
 
         Raises what that raises, `Overloaded` and `DeadlineExceeded`. `timeout` is for each piece, in seconds.
         """
-        if self._under_way >= MOST:
+        if self._under_way >= MAX_STREAMS:
             raise Overloaded(1)
         loop = asyncio.get_running_loop()
         made: asyncio.Queue[Any] = asyncio.Queue()

@@ -15,15 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from darwin_runtime.errors import UnusableFile
 from darwin_runtime.http.reloading import ReloadingFile, content
 from darwin_runtime.settings import Reader
-
-# How long a client may take for the handshake; and for what is left of an answer, and its last word, when we close.
-HANDSHAKE_SECONDS = 10.0
-GOODBYE_SECONDS = 10.0
 
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
@@ -147,20 +141,6 @@ def peer_has_certificate(transport: asyncio.BaseTransport) -> bool:
     """Whether the client at the other end has shown a certificate that was found valid in the handshake."""
     connection = transport.get_extra_info("ssl_object")
     return connection is not None and bool(connection.getpeercert())
-
-
-class Loop(uvloop.Loop):
-    """uvloop's, with less patience for TLS clients than it has by default, which is 60 s and 30 s."""
-
-    async def create_server(self, *args: Any, **given: Any) -> Any:
-        return await super().create_server(*args, **(given | _patience(given.get("ssl"))))
-
-    async def connect_accepted_socket(self, *args: Any, **given: Any) -> Any:
-        return await super().connect_accepted_socket(*args, **(given | _patience(given.get("ssl"))))
-
-
-def _patience(context: ssl.SSLContext | None) -> dict[str, Any]:
-    return {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": GOODBYE_SECONDS} if context else {}
 
 
 def from_env(read: Reader) -> Context | None:

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import requests
 
-import darwin_serve
 from darwin_runtime import resources
+from darwin_runtime.http.settings import Settings
 from darwin_runtime.settings import Reader
 from tests.conftest import ROOT, clean_environ, run_role, wait_until
 from tests.support import prepared
@@ -410,9 +410,9 @@ def test_a_large_node_s_cpus_are_not_all_for_one_container(tmp_path: Path, monke
 
 
 def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(darwin_serve, "default_workers", lambda: 7)
-    assert darwin_serve.Settings.from_env(Reader({"MODEL_LOCAL_PATH": "/m"})).workers == 7
-    assert darwin_serve.Settings.from_env(Reader({"MODEL_LOCAL_PATH": "/m", "WORKERS": "3"})).workers == 3
+    monkeypatch.setattr("darwin_runtime.http.settings.default_workers", lambda: 7)
+    assert Settings.from_env(Reader({"MODEL_LOCAL_PATH": "/m"})).workers == 7
+    assert Settings.from_env(Reader({"MODEL_LOCAL_PATH": "/m", "WORKERS": "3"})).workers == 3
 
 
 # The role

@@ -63,14 +63,14 @@ def test_clients_that_stay_are_shared_out() -> None:
 
 def ahead(counts: list[int]) -> bool:
     """Whether the first worker has more than another; one with less than none has not started."""
-    board = SharedMetrics(1 + len(counts))
-    WorkerMetrics(board, 0)  # the waiting room, which is gone when there are workers
-    meters = []
+    shared = SharedMetrics(1 + len(counts))
+    WorkerMetrics(shared, 0)  # the waiting room, which is gone when there are workers
+    workers = []
     for number, count in enumerate(counts, 1):
         if count >= 0:
-            meters.append(WorkerMetrics(board, number))
-            meters[-1].connected(count)
-    return meters[0].has_more_connections()
+            workers.append(WorkerMetrics(shared, number))
+            workers[-1].connected(count)
+    return workers[0].has_more_connections()
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_who_has_more_than_another(counts: list[int], expected: bool) -> None:
 
 
 def test_who_died_took_its_connections_along() -> None:
-    board = SharedMetrics(3)
-    WorkerMetrics(board, 1).connected(9)
-    other = WorkerMetrics(board, 2)
+    shared = SharedMetrics(3)
+    WorkerMetrics(shared, 1).connected(9)
+    other = WorkerMetrics(shared, 2)
     other.connected(7)
     assert not other.has_more_connections()
-    WorkerMetrics(board, 1)
+    WorkerMetrics(shared, 1)
     assert other.has_more_connections()
 
 

@@ -20,11 +20,12 @@ from tritonclient.http.auth import BasicAuth
 
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.errors import ConfigError
-from darwin_runtime.http.app import Service, make_app
-from darwin_runtime.http.auth import EXEMPTIBLE, MOST_KEYS, Guard, Keys
+from darwin_runtime.http.app import make_app
+from darwin_runtime.http.auth import EXEMPTIBLE, MAX_KEYS, Guard, Keys
+from darwin_runtime.http.service import Service
+from darwin_runtime.http.settings import Settings
 from darwin_runtime.model.load import load_model
 from darwin_runtime.settings import Reader
-from darwin_serve import Settings
 from tests.conftest import run_role, wait_until
 from tests.support.models import IRIS, model_path
 from tests.support.mounts import Mount
@@ -246,7 +247,7 @@ GOOD = {"MODEL_LOCAL_PATH": "/models"}
         ("sixteen-letters-ü\n".encode(), "line 1 of"),
         (b"\0binary-key-of-enough-letters\n", "line 1 of"),
         (b"\xef\xbb\xbfkey-after-a-byte-order-mark\n", "line 1 of"),
-        ("\n".join(f"key-number-{n:08d}" for n in range(MOST_KEYS + 1)).encode(), "1001 keys, more than 1000"),
+        ("\n".join(f"key-number-{n:08d}" for n in range(MAX_KEYS + 1)).encode(), "1001 keys, more than 1000"),
         (None, "cannot read"),
     ],
 )
@@ -284,8 +285,8 @@ def test_what_may_be_left_open(tmp_path: Path, value: str, exempt: set[str]) -> 
     (tmp_path / "keys").write_text(KEY)
     settings = Settings.from_env(Reader(GOOD | {"API_KEYS_FILE": str(tmp_path / "keys"), "AUTH_EXEMPT": value}))
     assert settings.guard is not None
-    assert settings.guard.needs.exempt == exempt
-    with in_thread(make_app(guarded(tmp_path / "keys", settings.guard.needs.exempt))) as url:
+    assert settings.guard.policy.exempt == exempt
+    with in_thread(make_app(guarded(tmp_path / "keys", settings.guard.policy.exempt))) as url:
         for path in OPEN:
             assert send(url, "GET", path).status_code == (200 if path in exempt else 401)
             assert send(url, "GET", path, headers=BEARER).status_code == 200

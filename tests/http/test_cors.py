@@ -14,8 +14,9 @@ import requests
 
 from darwin_runtime.errors import ConfigError
 from darwin_runtime.http import cors
+from darwin_runtime.http.server import HEADERS
+from darwin_runtime.http.settings import Settings
 from darwin_runtime.settings import Reader
-from darwin_serve import HEADERS, Settings
 from tests.conftest import wait_until
 from tests.support.models import IRIS, model_path
 from tests.support.servers import Served, serving

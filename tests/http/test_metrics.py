@@ -19,8 +19,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from darwin_runtime.engine.batching import BatchLimits
-from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http.app import make_app
 from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics, exposition
+from darwin_runtime.http.service import Service
 from tests.conftest import ROOT, free_port, program, wait_until
 from tests.http.test_protocol import BODIES
 from tests.support.models import IRIS, model_path
@@ -157,11 +158,11 @@ def test_rejected_requests_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_status_of_no_row_of_its_own() -> None:
-    board = SharedMetrics(1)
-    meter = WorkerMetrics(board, 0)
-    meter.began()
-    meter.ended("other", 418, 100.0)
-    body, _ = exposition(board, {"name": "m"}, None, "")
+    shared = SharedMetrics(1)
+    metrics = WorkerMetrics(shared, 0)
+    metrics.began()
+    metrics.ended("other", 418, 100.0)
+    body, _ = exposition(shared, {"name": "m"}, None, "")
     found = figures(body.decode())
     assert found["darwin_requests_total", frozenset({("protocol", "other"), ("status", "other")})] == 1
     assert found["darwin_request_duration_seconds_bucket", frozenset({("protocol", "other"), ("le", "60.0")})] == 0
@@ -259,19 +260,19 @@ def _alerts() -> list[str]:
 
 
 def test_meters_of_several_processes_do_not_disturb_each_other() -> None:
-    board = SharedMetrics(3)
-    meters = [WorkerMetrics(board, number) for number in range(3)]
+    shared = SharedMetrics(3)
+    workers = [WorkerMetrics(shared, number) for number in range(3)]
 
-    for number, meter in enumerate(meters):
-        meter.began()
-        meter.batch(number)
-        meter.stages(0.1, 0.2, 0.3)
-    totals = figures(exposition(board, {"name": "m"}, 1.5, "")[0].decode())
+    for number, metrics in enumerate(workers):
+        metrics.began()
+        metrics.batch(number)
+        metrics.stages(0.1, 0.2, 0.3)
+    totals = figures(exposition(shared, {"name": "m"}, 1.5, "")[0].decode())
     assert totals["darwin_requests_in_progress", frozenset()] == 3
     assert totals["darwin_batch_rows_sum", frozenset()] == 3
     assert totals["darwin_request_stage_duration_seconds_sum", frozenset({("stage", "encode")})] == pytest.approx(0.9)
-    meters[1] = WorkerMetrics(board, 1)
-    totals = figures(exposition(board, {"name": "m"}, 1.5, "")[0].decode())
+    workers[1] = WorkerMetrics(shared, 1)
+    totals = figures(exposition(shared, {"name": "m"}, 1.5, "")[0].decode())
     assert totals["darwin_requests_in_progress", frozenset()] == 2
 
 

@@ -13,8 +13,9 @@ import requests
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from darwin_runtime.engine.batching import BatchLimits
-from darwin_runtime.http.app import VERSION, Service, make_app
+from darwin_runtime.http.app import make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, Guard, Keys
+from darwin_runtime.http.service import VERSION, Service
 from darwin_runtime.model.load import load_model
 from tests.conftest import ROOT
 from tests.support.models import BUILDERS, IRIS, model_path
@@ -119,7 +120,7 @@ def test_it_tells_how_one_gets_in(tmp_path: Path, key: bool, certificate: bool) 
     keys = Keys(tmp_path / "keys") if key else None
     service = Service(BatchLimits(), guard=Guard(keys, certificates=certificate, exempt=EXEMPTIBLE["probes"]))
     service.use(load_model(model_path("iris")))
-    whole = json.loads(service.loaded.documents.openapi("").body)
+    whole = json.loads(service.health.loaded.documents.openapi("").body)
     OpenAPIV31SpecValidator(whole).validate()
     schemes: dict[str, Any] = {"bearer": ("http", "bearer"), "basic": ("http", "basic")} if key else {}
     schemes |= {"certificate": ("mutualTLS", None)} if certificate else {}

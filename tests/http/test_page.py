@@ -23,7 +23,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from darwin_runtime.engine.batching import BatchLimits
-from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http.app import make_app
+from darwin_runtime.http.service import Service
 from darwin_runtime.model.load import load_model
 from tests.conftest import ROOT, http_server, program, wait_until
 from tests.support.models import BUILDERS, IRIS, model_path

@@ -20,9 +20,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from darwin_runtime.errors import ConfigError
-from darwin_runtime.http import tls
+from darwin_runtime.http import server, tls
+from darwin_runtime.http.settings import Settings
 from darwin_runtime.settings import Reader
-from darwin_serve import Settings
 from tests.conftest import run_role, wait_until
 from tests.support.models import IRIS, model_path
 from tests.support.mounts import Mount
@@ -267,11 +267,11 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 def test_a_handshake_that_never_ends_is_ended(
     tmp_path: Path, ours: Party, monkeypatch: pytest.MonkeyPatch, begun: bytes
 ) -> None:
-    assert tls.HANDSHAKE_SECONDS <= 10
-    monkeypatch.setattr(tls, "HANDSHAKE_SECONDS", 0.5)
+    assert server.HANDSHAKE_SECONDS <= 10
+    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.5)
     mount = Mount(tmp_path / "tls", **ours.server())
     context = tls.Context(tls.Files(mount / "tls.crt", mount / "tls.key"))
-    options = {"loop": "darwin_runtime.http.tls:Loop", "ssl_context_factory": lambda *_: context}
+    options = {"loop": "darwin_runtime.http.server:Loop", "ssl_context_factory": lambda *_: context}
     with in_thread(nothing, **options) as url:
         with socket.create_connection(address(url), timeout=30) as connection:
             connection.sendall(begun)

@@ -18,7 +18,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from darwin_runtime.engine.batching import BatchLimits
-from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http.app import make_app
+from darwin_runtime.http.service import Service
 from darwin_runtime.model.compare import same
 from darwin_runtime.model.load import load_model
 from tests.support.models import load_pyfunc, save_estimator

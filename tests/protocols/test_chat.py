@@ -17,7 +17,7 @@ import requests
 
 from darwin_runtime.errors import DeadlineExceeded, Overloaded
 from darwin_runtime.http import streaming
-from darwin_runtime.http.streaming import AHEAD, MOST, Streams
+from darwin_runtime.http.streaming import AHEAD, MAX_STREAMS, Streams
 from tests.conftest import wait_until
 from tests.support.models import model_path, scoring_app
 from tests.support.servers import in_thread, serving
@@ -112,7 +112,7 @@ def test_a_failure_at_the_beginning_has_a_status(ours: Callable[[str], str]) -> 
 
 def test_too_many_streams_are_told_to_come_back(ours: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     url = ours("chatting")
-    monkeypatch.setattr(streaming, "MOST", 0)
+    monkeypatch.setattr(streaming, "MAX_STREAMS", 0)
     answer = ask(url, {"prompt": "a", "stream": True})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
 
@@ -168,7 +168,7 @@ def test_there_are_so_many_at_once() -> None:
 
     async def test() -> None:
         streams = Streams()
-        under_way = [streams.pieces(start, 60) for _ in range(MOST)]
+        under_way = [streams.pieces(start, 60) for _ in range(MAX_STREAMS)]
         for pieces in under_way:
             assert await anext(pieces) == 1
         with pytest.raises(Overloaded):

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from darwin_runtime.errors import BadRequest, TooLarge
-from darwin_runtime.http.app import EXPECTED, RequestLimits
+from darwin_runtime.http.settings import default_limits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import open_inference
 from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
@@ -34,6 +34,7 @@ from tests.support.hostile import (
     CASES,
     CONTRACTS,
     CSV,
+    EXPECTED,
     NAMES,
     PARQUET,
     TARGETS,
@@ -234,7 +235,7 @@ def test_what_is_compressed_is_what_was_sent(given: tuple[list[dict[str, Any]], 
     body = json.dumps(given[1]).encode() * 10
     packs: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}
     for name, pack in packs.items():
-        assert protocols.decoded(pack(body), name.encode(), RequestLimits().body_bytes) == body
+        assert protocols.decoded(pack(body), name.encode(), default_limits().request.body_bytes) == body
 
 
 @bounded
@@ -343,7 +344,7 @@ def ask_and_word(read: Read, body: bytes, headers: Any, contract: ModelSpec) -> 
 def test_what_is_decompressed_is_in_proportion(data: bytes, zeros: int, encoding: bytes) -> None:
     packed = (gzip.compress if encoding == b"gzip" else zlib.compress)(data + bytes(zeros), 9)
     try:
-        found = protocols.decoded(packed, encoding, RequestLimits().body_bytes)
+        found = protocols.decoded(packed, encoding, default_limits().request.body_bytes)
     except TooLarge:
         assert len(data) + zeros > protocols.INFLATION * len(packed)
     else:

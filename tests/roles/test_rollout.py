@@ -23,9 +23,10 @@ import uvicorn
 import uvloop
 import yaml
 
-import darwin_serve
 from darwin_runtime.engine.batching import BatchLimits
-from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http import server as server_module
+from darwin_runtime.http.app import make_app
+from darwin_runtime.http.service import Service
 from darwin_runtime.model.load import load_model
 from tests.conftest import ROOT, wait_until
 from tests.image import chart
@@ -201,12 +202,12 @@ def test_who_connects_as_the_port_closes_is_answered(serving_environment: None, 
     issued.cert_chain_pems[0].write_to_path(certificate)
     issued.private_key_pem.write_to_path(key)
     authority.configure_trust(trust)
-    listener = darwin_serve.bind("127.0.0.1", 0)
+    listener = server_module.bind("127.0.0.1", 0)
     service = Service(BatchLimits())
     service.use(load_model(model_path("iris")))
     files: dict[str, Any] = {"ssl_certfile": certificate, "ssl_keyfile": key} if tls else {}
     config = uvicorn.Config(make_app(service), http="httptools", lifespan="off", log_config=None, **files)
-    server = darwin_serve.Server(config, service, 0, lambda: None)
+    server = server_module.Server(config, service, 0, lambda: None)
 
     def ask(client: socket.socket) -> bytes:
         with trust.wrap_socket(client, server_hostname="127.0.0.1") if tls else client as speaking:

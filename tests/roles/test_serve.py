@@ -24,12 +24,13 @@ import requests
 
 from darwin_runtime.engine.batching import BatchLimits
 from darwin_runtime.errors import ConfigError
-from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http.app import make_app
+from darwin_runtime.http.service import Service
+from darwin_runtime.http.settings import Settings
 from darwin_runtime.model.load import load_model
 from darwin_runtime.model.self_test import example_rows, self_test
 from darwin_runtime.schema.report import MAX_COUNTED_PROBLEMS
 from darwin_runtime.settings import Reader
-from darwin_serve import Settings
 from tests.conftest import ROOT, Finished, clean_environ, run_role, wait_until
 from tests.support.models import IRIS, NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path, scoring_app
 from tests.support.servers import Served, in_thread, serving
@@ -434,7 +435,7 @@ def test_root_path_with_and_without_the_proxy_stripping_it() -> None:
 def test_not_ready_while_draining() -> None:
     service = Service(BatchLimits())
     service.use(load_model(model_path("iris")))
-    service.draining = True
+    service.health.draining = True
     with in_thread(make_app(service)) as url:
         answer = requests.get(f"{url}/ready", timeout=60)
         assert (answer.status_code, answer.json()["detail"]["status"]) == (503, "not_ready")

@@ -18,8 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from darwin_runtime.engine.batching import PredictionRequest
-from darwin_runtime.errors import EncodingError
-from darwin_runtime.http.app import EXPECTED, RequestLimits
+from darwin_runtime.errors import (
+    BadRequest,
+    EncodingError,
+    FeatureStoreError,
+    Forbidden,
+    InputError,
+    InputRejected,
+    NotAcceptable,
+    NotFound,
+    NotReady,
+    Overloaded,
+    TooLarge,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from darwin_runtime.http.settings import default_limits
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols import feature_store, open_inference
 from darwin_runtime.protocols.base import Headers
@@ -28,6 +42,12 @@ from darwin_runtime.schema.params import ParamSchema
 from tests.support.tensors import binary
 
 Spec = dict[str, Any]
+
+# What went wrong was the client's or the model's doing, and has been told to the client.
+EXPECTED = (
+    *(InputError, BadRequest, InputRejected, NotReady, Overloaded, NotFound),
+    *(Unauthorized, Forbidden, UnsupportedMediaType, NotAcceptable, TooLarge, FeatureStoreError),
+)
 
 
 def _columns(*types: Any, **options: Any) -> list[Spec]:
@@ -179,7 +199,7 @@ def _binary(data: bytes) -> None:
 def _encoded(data: bytes) -> None:
     try:
         encoding = (b"gzip", b"deflate", b"x-gzip ", b"br")[data[0] % 4] if data else b""
-        body = protocols.decoded(data[1:], encoding, RequestLimits().body_bytes)
+        body = protocols.decoded(data[1:], encoding, default_limits().request.body_bytes)
     except EXPECTED:
         return
     assert len(body) <= protocols.INFLATION * len(data) + 1024 * 1024

@@ -56,7 +56,7 @@ MODULES = {
     ),
     "serve": (
         *(
-            "darwin_runtime.http.app",
+            "darwin_runtime.http.factory",
             "darwin_runtime.model.self_test",
             "mlflow.pyfunc",
             "mlflow.sklearn",

@@ -18,7 +18,8 @@ import requests
 import uvicorn
 
 from darwin_runtime.engine.batching import BatchLimits
-from darwin_runtime.http.app import Service, make_app
+from darwin_runtime.http.app import make_app
+from darwin_runtime.http.service import Service
 from darwin_runtime.model.load import load_model
 from darwin_runtime.model.model import Model
 from tests.conftest import ROOT, clean_environ, wait_until

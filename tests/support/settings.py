@@ -11,7 +11,7 @@ GETTERS = ("text", "required", "choice", "flag", "integer", "number", "raw")
 # Which model to fetch, and from where, is read alike by the roles that fetch one.
 ROLES = {
     "main": [
-        "darwin_serve.py",
+        "darwin_runtime/http/settings.py",
         "darwin_runtime/storage/resolve.py",
         "darwin_runtime/http/auth.py",
         "darwin_runtime/http/tls.py",

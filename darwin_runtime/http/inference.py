@@ -1,0 +1,107 @@
+"""The way of a prediction through the server, from the body of the request to the reply."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
+from typing import Any
+
+from darwin_runtime.engine.batching import PredictionRequest
+from darwin_runtime.errors import Overloaded, TooLarge
+from darwin_runtime.http import streaming
+from darwin_runtime.http.bodies import Bodies
+from darwin_runtime.http.context import Answer, RequestContext, StreamingReply
+from darwin_runtime.http.service import Service
+from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols.base import Read, Reply
+from darwin_runtime.protocols.encoding import dump
+from darwin_runtime.protocols.feature_store import FeatureStore
+
+# A larger body is not parsed on the event loop, which must go on answering probes.
+PARSE_ASIDE_BYTES = 64 * 1024
+
+# While large answers occupy so much, no others are begun.
+MAX_UNSENT_BYTES = 256 * 1024 * 1024
+
+# How many bodies are decompressed at the same time. Each takes a thread, and perhaps a hundred times the memory of the
+# bytes that arrived.
+MAX_INFLATING = 2
+
+
+class Inference:
+    """Answers predictions with the model of `service`. Its methods belong to the event loop's thread."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.health = service.health
+        self.metrics = service.metrics
+        self.limits = service.request_limits
+        self.timeout = service.batch_limits.timeout
+        self.bodies = Bodies(self.limits.body_bytes)
+        self.streams = streaming.Streams(lambda: service.on_hang())
+        self.inflating = asyncio.Semaphore(MAX_INFLATING)
+
+    async def answer(self, context: RequestContext, read: Read, store: FeatureStore | None = None) -> Answer:
+        """What the model says to what `read` makes of the body, which may name features that are in `store`."""
+        model, contract, batcher, _, _ = self.health.loaded
+        try:
+            body = await self.bodies.read(context.receive, context.headers)
+        except (TooLarge, Overloaded):
+            context.closing = True  # there may be more of it
+            raise
+        if self.service.unsent > MAX_UNSENT_BYTES:
+            raise Overloaded(1)
+        if not contract.streams:
+            # At ten times the load, parsing what is then refused would take a tenth of the core from who is let in.
+            batcher.check(1, len(body))
+        encoding = context.headers.get(b"content-encoding")
+        if encoding is not None:
+            async with self.inflating:
+                body = await asyncio.to_thread(protocols.decoded, body, encoding, self.limits.body_bytes)
+
+        def parse(**more: Any) -> PredictionRequest:
+            request = read(body, context.headers, contract, **more)
+            if request.rows.count > self.limits.rows:
+                raise TooLarge(f"{request.rows.count} rows are more than {self.limits.rows} (MAX_ROWS)")
+            return request
+
+        large = len(body) > PARSE_ASIDE_BYTES or protocols.inflates(context.headers)
+        if store is not None and b"feature_group" in body:
+            lookup = partial(store.features, trace=context.trace.headers)
+            request = await store.run(partial(parse, lookup=lookup), self.timeout)
+        elif large and not contract.streams:
+            request = None
+            answered = await batcher.parse_and_predict(parse, len(body), context.gone)
+        else:
+            request = await asyncio.to_thread(parse) if large else parse()
+        if request is not None and request.stream:
+            return await self.stream(context, partial(model.stream, request.rows, request.params))
+        if request is not None:
+            answered = await batcher.predict(request, len(body), context.gone)
+        context.rows = answered.rows
+        self.metrics.stages(answered.queued, answered.computed, answered.written)
+        reply: Reply = answered.reply
+        return reply
+
+    async def stream(self, context: RequestContext, start: Callable[[], Iterator[Any]]) -> StreamingReply:
+        """The answer, piece by piece as `start` yields them. Raises what keeps the first from being made."""
+        pieces = self.streams.pieces(start, self.timeout)
+        nothing = object()
+        first = await anext(pieces, nothing)
+        context.rows = 1
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            try:
+                if first is not nothing:
+                    yield streaming.event(dump(first))
+                async for piece in pieces:
+                    yield streaming.event(dump(piece))
+                yield streaming.DONE
+            except Exception as error:  # the status has been sent; this is how the rest can be told
+                context.log(error)
+                yield streaming.event(protocols.mlflow_failure(error).body, "error")
+            finally:
+                await pieces.aclose()
+
+        return StreamingReply(events())
