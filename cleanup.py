@@ -35,9 +35,9 @@ from prometheus_client.exposition import basic_auth_handler, default_handler
 
 import k8s_client
 from darwin_runtime.errors import ApiError, ConfigError, NotACache, NotInCluster, RoleError
-from darwin_runtime.logs import format_bytes, log_settings
-from darwin_runtime.redact import Redactor, hide
-from darwin_runtime.role import run_role
+from darwin_runtime.logs import format_bytes
+from darwin_runtime.redact import hide
+from darwin_runtime.role import log_settings, run_role
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import disk, references
 from darwin_runtime.storage.cache import ABANDONED_SECONDS, DAY, Cache, Entry, Lease, Removal
@@ -280,9 +280,9 @@ def tidy(cache: Cache, listing: UsageListing, used: InUse) -> int:
     return done.count(False)
 
 
-def run(service_account: Path, read: Reader, redact: Redactor) -> None:
+def run(service_account: Path, read: Reader) -> None:
     settings = Settings.from_env(read)
-    log_settings(read.seen, redact)
+    log_settings(read)
     began = time.monotonic()
     result: dict[str, float] = {"success": 0}
     try:

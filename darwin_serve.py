@@ -61,10 +61,8 @@ from darwin_runtime.engine.workers import WorkerJob, supervise
 from darwin_runtime.http.metrics import SharedMetrics
 from darwin_runtime.http.server import Server, allow_files, listening, run
 from darwin_runtime.http.settings import Settings
-from darwin_runtime.logs import log_settings
-from darwin_runtime.redact import Redactor
 from darwin_runtime.resources import cpu_limit, keep_freed_buffers, share_cpus
-from darwin_runtime.role import run_role
+from darwin_runtime.role import log_settings, run_role
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import artifacts
 from darwin_runtime.storage.fetch import fetch_model
@@ -187,10 +185,10 @@ def serve_together(settings: Settings, directory: Path) -> None:
         supervise(settings.workers, job, arriving)
 
 
-def serve(read: Reader, redact: Redactor) -> None:
+def serve(read: Reader) -> None:
     """Serve until a signal comes. Raises `RoleError` if the model, or the port, can't be had."""
     settings = Settings.from_env(read)
-    log_settings(read.seen, redact)
+    log_settings(read)
     share_cpus(settings.workers, cpu_limit(), os.environ)
     # Those in the middle of a TLS handshake are not counted yet.
     allow_files((4 if settings.tls else 2) * settings.limits.connection.max_connections)
@@ -200,7 +198,7 @@ def serve(read: Reader, redact: Redactor) -> None:
     logger.info("stopped")
 
 
-def serve_as_worker(read: Reader, _: Redactor) -> None:
+def serve_as_worker(read: Reader) -> None:
     """Be a worker that loads by itself, on behalf of `serve_together` in another process."""
     settings = Settings.from_env(read)
     number, listening_on, counts, told_through = map(int, sys.argv[2:])

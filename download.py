@@ -21,9 +21,8 @@ from pathlib import Path
 
 from darwin_runtime import mlflow_import, resources
 from darwin_runtime.errors import ConfigError, NotACache, RoleError, StoreUnreachable
-from darwin_runtime.logs import log_settings
-from darwin_runtime.redact import Redactor, mask_uri
-from darwin_runtime.role import leave, run_role
+from darwin_runtime.redact import mask_uri
+from darwin_runtime.role import leave, log_settings, run_role
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import digest, disk, fetch, references, resolve
 from darwin_runtime.storage import manifest as manifest_module
@@ -199,9 +198,9 @@ def _populate_output(cache: Cache, settings: Settings, key: str) -> None:
     logger.info("%s holds the model, as %s of %s", settings.output, settings.link_mode, cache.model(key))
 
 
-def run(read: Reader, redact: Redactor) -> None:
+def run(read: Reader) -> None:
     settings = Settings.from_env(read)
-    log_settings(read.seen, redact)
+    log_settings(read)
     repeats = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     logger.info(
         "%d attempts at most for each file, %g s in all; in each, MLflow itself repeats a failing request %s times",

@@ -7,9 +7,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
 
-from darwin_runtime.redact import MASK, Redactor, is_secret, set_redactor
+from darwin_runtime.redact import Redactor, set_redactor
 from darwin_runtime.settings import Reader
 
 # Of a terminal and of what takes log lines apart; of lines, LF alone is what we end them with.
@@ -75,12 +74,6 @@ def set_up_logging(read: Reader) -> Redactor:
     logging.captureWarnings(True)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of stores in databases: each migration step
     return redact
-
-
-def log_settings(seen: Mapping[str, object], redact: Redactor) -> None:
-    """One line with every effective setting, secrets masked."""
-    shown = {name: MASK if value and is_secret(name) else value for name, value in seen.items()}
-    logger.info("settings: %s", redact(" ".join(f"{name}={value}" for name, value in shown.items())))
 
 
 def format_bytes(size: float) -> str:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from darwin_runtime.errors import ConfigError, RoleError
 from darwin_runtime.logs import set_up_logging
-from darwin_runtime.redact import Redactor
+from darwin_runtime.redact import MASK, is_secret
 from darwin_runtime.settings import Reader
 
 TERMINATION_LOG = Path("/dev/termination-log")
@@ -25,7 +25,7 @@ MAX_TERMINATION_BYTES = 4096
 
 logger = logging.getLogger("darwin")
 
-RoleBody = Callable[[Reader, Redactor], None]
+RoleBody = Callable[[Reader], None]
 
 
 def run_role(body: RoleBody, environ: Mapping[str, str]) -> int:
@@ -45,7 +45,7 @@ def run_role(body: RoleBody, environ: Mapping[str, str]) -> int:
         "in thread %s: %r", raised.thread and raised.thread.name, raised.exc_value, exc_info=raised.exc_value
     )
     try:
-        body(read, redact)
+        body(read)
     except ConfigError as error:
         for problem in error.problems:
             logger.error("bad configuration: %s", problem)
@@ -61,6 +61,12 @@ def run_role(body: RoleBody, environ: Mapping[str, str]) -> int:
         signal.signal(signal.SIGTERM, before)
         sys.excepthook, threading.excepthook = hooks
     return 0
+
+
+def log_settings(read: Reader) -> None:
+    """Log one line with every effective setting; secrets are masked."""
+    shown = {name: MASK if value and is_secret(name) else value for name, value in read.seen.items()}
+    logger.info("settings: %s", " ".join(f"{name}={value}" for name, value in shown.items()))
 
 
 def leave(code: int) -> NoReturn:

@@ -10,9 +10,9 @@ import pytest
 
 from darwin_runtime import role
 from darwin_runtime.errors import ConfigError, RoleError
-from darwin_runtime.logs import log_settings, set_up_logging
+from darwin_runtime.logs import set_up_logging
 from darwin_runtime.redact import MAX_CHARACTERS, Redactor
-from darwin_runtime.role import run_role
+from darwin_runtime.role import log_settings, run_role
 from darwin_runtime.settings import Reader
 
 PASSWORD = "correct horse/battery?"
@@ -79,8 +79,13 @@ def test_ordinary_variables_are_not_masked() -> None:
 
 
 def test_settings_are_one_masked_line(capsys: pytest.CaptureFixture[str]) -> None:
-    redact = set_up_logging(Reader(ENVIRON))
-    log_settings({"HOST": "::", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "MLFLOW_TRACKING_URI": "http://a:b@h"}, redact)
+    set_up_logging(Reader(ENVIRON))
+    seen: dict[str, object] = {
+        "HOST": "::",
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+        "MLFLOW_TRACKING_URI": "http://a:b@h",
+    }
+    log_settings(Reader({}, seen=seen))
     line = capsys.readouterr().err.strip()
     assert line.endswith("settings: HOST=:: MLFLOW_TRACKING_PASSWORD=*** MLFLOW_TRACKING_URI=http://***@h")
 
@@ -123,7 +128,7 @@ def test_libraries_stay_quiet_at_debug(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def _raise(error: Exception) -> role.RoleBody:
-    def body(_read: Reader, _redact: Redactor) -> None:
+    def body(_read: Reader) -> None:
         raise error
 
     return body
@@ -160,7 +165,7 @@ def test_no_termination_log_is_made_where_there_is_none(monkeypatch: pytest.Monk
 
 
 def test_a_bad_log_level_is_told_with_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    def body(read: Reader, _redact: Redactor) -> None:
+    def body(read: Reader) -> None:
         read.integer("PORT", 8000, minimum=0)
         read.finish()
 

@@ -267,7 +267,7 @@ import os, sys, threading
 sys.path.insert(0, sys.argv[1])
 from darwin_runtime import role
 
-def body(read, redact):
+def body(read):
     def fail():
         raise ValueError(os.environ["MLFLOW_TRACKING_PASSWORD"])
     thread = threading.Thread(target=fail)
