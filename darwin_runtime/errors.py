@@ -156,6 +156,11 @@ class EncodingError(RequestError):
     code = "INTERNAL_ERROR"
 
 
+def as_request_error(error: Exception) -> RequestError:
+    """`error` if a client may see its text, else an internal error that shows nothing of it."""
+    return error if isinstance(error, RequestError) else PredictionFailed("internal error")
+
+
 class ClientDisconnected(Exception):
     """Nobody waits for the answer any more."""
 

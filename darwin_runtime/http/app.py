@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from darwin_runtime.errors import ClientDisconnected, Overloaded, RequestError
+from darwin_runtime.errors import ClientDisconnected, Overloaded
 from darwin_runtime.http import cors
 from darwin_runtime.http.context import Answer, Endpoint, RequestContext, StreamingReply
 from darwin_runtime.http.endpoints import OTHER, V1, V2, Endpoints
@@ -125,8 +125,7 @@ async def _reply(endpoint: Endpoint, context: RequestContext, service: Service) 
         if isinstance(error, Overloaded):
             service.metrics.rejected()
         context.log(error)
-        reply = endpoint.render_error(error)
-        return reply._replace(headers=error.headers) if isinstance(error, RequestError) else reply
+        return endpoint.render_error(error)
 
 
 async def _refuse(error: Exception, _: RequestContext) -> Reply:

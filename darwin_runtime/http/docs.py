@@ -17,8 +17,7 @@ from typing import Any
 from darwin_runtime.http import openapi as openapi_module
 from darwin_runtime.http.auth import AuthPolicy
 from darwin_runtime.model.about import About
-from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols import open_inference
+from darwin_runtime.protocols import darwin, open_inference
 from darwin_runtime.protocols.base import Reply
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.schema.model_spec import ModelSpec
@@ -61,7 +60,7 @@ class Documents:
         sample = contract.input_schema.sample(example)
         flavor = about.flavors[0] if about.flavors else "pyfunc"
         return cls(
-            protocols.schema(contract, example),
+            darwin.schema(contract, example),
             open_inference.model_metadata(contract, flavor),
             _page(contract, sample, about, version, policy),
             contract,

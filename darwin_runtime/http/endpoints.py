@@ -16,10 +16,13 @@ from darwin_runtime.http.inference import Inference
 from darwin_runtime.http.service import VERSION, Service
 from darwin_runtime.model.diagnose import mlflow_version
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols import open_inference
+from darwin_runtime.protocols import darwin, kserve_v1, mlflow_scoring, open_inference
 from darwin_runtime.protocols.base import TEXT, Reply
 
 DARWIN, MLFLOW, V1, V2, OTHER = "darwin", "mlflow", "kserve_v1", "kserve_v2", "other"
+
+# The errors of all other routes are Darwin's, which show the inputs of the model's signature.
+_RENDERERS = {V1: kserve_v1.render_error, V2: open_inference.render_error, MLFLOW: mlflow_scoring.render_error}
 
 
 class Endpoints:
@@ -32,18 +35,18 @@ class Endpoints:
         self.answer = Inference(service).answer
 
     def predict(self, context: RequestContext) -> Awaitable[Answer]:
-        return self.answer(context, protocols.read_predict, self.service.store)
+        return self.answer(context, darwin, self.service.store)
 
     def invocations(self, context: RequestContext) -> Awaitable[Answer]:
-        return self.answer(context, protocols.read_invocations)
+        return self.answer(context, mlflow_scoring)
 
     def v1_predict(self, context: RequestContext) -> Awaitable[Answer]:
         self._check_name(context)
-        return self.answer(context, protocols.read_v1)
+        return self.answer(context, kserve_v1)
 
     def v2_infer(self, context: RequestContext) -> Awaitable[Answer]:
         self._check_model(context)
-        return self.answer(context, open_inference.read_infer)
+        return self.answer(context, open_inference)
 
     async def schema(self, _: RequestContext) -> Reply:
         return self.health.loaded.documents.schema
@@ -139,16 +142,11 @@ class Endpoints:
 
     def endpoint(self, protocol: str, handler: Handler, *, quiet: bool = False) -> Endpoint:
         """`handler` behind a route of `protocol`, which renders every error."""
-        render_error = self._darwin_failure
-        if protocol in (V1, V2):
-            render_error = protocols.kserve_failure
-        elif protocol == MLFLOW:
-            render_error = protocols.mlflow_failure
-        return Endpoint(handler, protocol, render_error, quiet)
+        return Endpoint(handler, protocol, _RENDERERS.get(protocol, self._render_darwin_error), quiet)
 
-    def _darwin_failure(self, error: Exception) -> Reply:
+    def _render_darwin_error(self, error: Exception) -> Reply:
         inputs = self.health.loaded.contract.input_schema.inputs if self.health.is_loaded else ()
-        return protocols.darwin_failure(error, inputs)
+        return darwin.render_error(error, inputs)
 
     def by_route(self) -> dict[tuple[str, str], Endpoint]:
         """The endpoint of each verb and path in `ROUTES`."""

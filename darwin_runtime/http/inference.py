@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
 from typing import Any
 
-from darwin_runtime.engine.batching import PredictionRequest
 from darwin_runtime.errors import Overloaded, TooLarge
 from darwin_runtime.http import streaming
 from darwin_runtime.http.bodies import Bodies
 from darwin_runtime.http.context import Answer, RequestContext, StreamingReply
 from darwin_runtime.http.service import Service
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols.base import Read, Reply
+from darwin_runtime.protocols import mlflow_scoring
+from darwin_runtime.protocols.base import Reply, Request, WireProtocol
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.protocols.feature_store import FeatureStore
 
@@ -42,8 +42,10 @@ class Inference:
         self.streams = streaming.Streams(lambda: service.on_hang())
         self.inflating = asyncio.Semaphore(MAX_INFLATING)
 
-    async def answer(self, context: RequestContext, read: Read, store: FeatureStore | None = None) -> Answer:
-        """What the model says to what `read` makes of the body, which may name features that are in `store`."""
+    async def answer(
+        self, context: RequestContext, protocol: WireProtocol, store: FeatureStore | None = None
+    ) -> Answer:
+        """The model's answer to what `protocol` reads in the body, which may name features that are in `store`."""
         model, contract, batcher, _, _ = self.health.loaded
         try:
             body = await self.bodies.read(context.receive, context.headers)
@@ -60,25 +62,29 @@ class Inference:
             async with self.inflating:
                 body = await asyncio.to_thread(protocols.decoded, body, encoding, self.limits.body_bytes)
 
-        def parse(**more: Any) -> PredictionRequest:
-            request = read(body, context.headers, contract, **more)
+        def read(**more: Any) -> Request:
+            request = protocols.read_request(protocol, body, context.headers, contract, **more)
             if request.rows.count > self.limits.rows:
                 raise TooLarge(f"{request.rows.count} rows are more than {self.limits.rows} (MAX_ROWS)")
             return request
 
+        # The event loop reads a small body. Another thread reads a large one, or one that waits for features. That is
+        # the inference thread in its turn, so that the work that waits is bounded. A stream does not go through the
+        # batcher, so a body that may ask for one is read before.
         large = len(body) > PARSE_ASIDE_BYTES or protocols.inflates(context.headers)
+        request: Request | Callable[[], Request]
         if store is not None and b"feature_group" in body:
             lookup = partial(store.features, trace=context.trace.headers)
-            request = await store.run(partial(parse, lookup=lookup), self.timeout)
-        elif large and not contract.streams:
-            request = None
-            answered = await batcher.parse_and_predict(parse, len(body), context.gone)
+            request = await store.run(partial(read, lookup=lookup), self.timeout)
+        elif not large:
+            request = read()
+        elif contract.streams:
+            request = await asyncio.to_thread(read)
         else:
-            request = await asyncio.to_thread(parse) if large else parse()
-        if request is not None and request.stream:
+            request = read
+        if isinstance(request, Request) and request.stream:
             return await self.stream(context, partial(model.stream, request.rows, request.params))
-        if request is not None:
-            answered = await batcher.predict(request, len(body), context.gone)
+        answered = await batcher.predict(request, protocol.write, len(body), context.gone)
         context.rows = answered.rows
         self.metrics.stages(answered.queued, answered.computed, answered.written)
         reply: Reply = answered.reply
@@ -100,7 +106,7 @@ class Inference:
                 yield streaming.DONE
             except Exception as error:  # the status has been sent; this is how the rest can be told
                 context.log(error)
-                yield streaming.event(protocols.mlflow_failure(error).body, "error")
+                yield streaming.event(mlflow_scoring.render_error(error).body, "error")
             finally:
                 await pieces.aclose()
 

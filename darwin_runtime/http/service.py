@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from darwin_runtime.engine.batching import Batcher, BatchLimits, InferenceThread
+from darwin_runtime.engine.admission import BatchLimits
+from darwin_runtime.engine.batching import Batcher
+from darwin_runtime.engine.inference_thread import InferenceThread
 from darwin_runtime.http.auth import AuthPolicy, Guard
 from darwin_runtime.http.health import Health, Loaded
 from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics

@@ -10,7 +10,7 @@ from typing import Any
 
 from darwin_runtime.model.integrity import read_manifest
 from darwin_runtime.model.model import Model
-from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols import mlflow_scoring
 from darwin_runtime.redact import mask_uri
 
 
@@ -61,7 +61,7 @@ def about_model(model: Model, load_seconds: float | None = None) -> About:
 def _chat_body(model: Model) -> Any:
     """The model's own example, or one made up, if it is sent as it is."""
     example = json.loads(model.example) if model.example else None
-    if isinstance(example, dict) and not example.keys() & set(protocols.SHAPES):
+    if isinstance(example, dict) and not example.keys() & set(mlflow_scoring.SHAPES):
         return example
     streams = model.contract("").streams
     return {"messages": [{"role": "user", "content": "Hello"}]} if streams and not model.plan.inputs else None

@@ -15,7 +15,7 @@ from darwin_runtime.model.integrity import check_files, check_whole, required_di
 from darwin_runtime.model.load import load_model
 from darwin_runtime.model.mlmodel import find_model
 from darwin_runtime.model.model import Model
-from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols import mlflow_scoring
 from darwin_runtime.resources import return_free_memory
 from darwin_runtime.schema.rows import Rows
 
@@ -58,7 +58,7 @@ def example_rows(model: Model) -> Rows | None:
     if model.example is None:
         return None
     try:
-        rows = protocols.read_invocations(model.example, {}, model.contract("")).rows
+        rows = mlflow_scoring.read(model.example, {}, model.contract("")).rows
     except (BadRequest, InputError):
         return None
     return None if rows.passthrough else rows
@@ -69,12 +69,12 @@ def self_test(model: Model) -> str:
     if model.example is None:
         return "it has no input example to test it with"
     try:
-        request = protocols.read_invocations(model.example, {}, model.contract(""))
+        request = mlflow_scoring.read(model.example, {}, model.contract(""))
     except (BadRequest, InputError) as error:
         logger.warning("the model's input example cannot be sent as a request: %s", error)
         request = None
     try:
-        protocols.write_predictions(
+        mlflow_scoring.write_predictions(
             model.predict(request.rows, request.params) if request else model.predict_own_example()
         )
     except (InputRejected, PredictionFailed, EncodingError) as error:

@@ -1,4 +1,4 @@
-"""A model's answer as JSON, whatever it is made of: numpy, pandas, dates, bytes, dataclasses."""
+"""A model's answer as JSON or CSV, whatever it is made of: numpy, pandas, dates, bytes, dataclasses."""
 
 from __future__ import annotations
 
@@ -29,6 +29,30 @@ def dump(value: Any) -> bytes:
         return json.dumps(_finite(value), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise EncodingError(f"the model's output cannot be written as JSON: {error}") from error
+
+
+def dump_csv(output: Any, name: str) -> bytes:
+    """A header and a line for each row; `name` is that of a column that has none. Raises `EncodingError`."""
+    try:
+        table = _table(output, name)
+        dump([table[column].tolist() for column in table if table[column].dtype == object])  # refuses what JSON does
+        text = table.replace([np.inf, -np.inf], np.nan).to_csv(index=False)
+    except (TypeError, ValueError) as error:
+        raise EncodingError(f"the model's output is no table that could be written as CSV: {error}") from error
+    return str(text).encode()
+
+
+def _table(output: Any, name: str) -> Any:
+    if isinstance(output, pd.DataFrame):
+        return output
+    if isinstance(output, pd.Series):
+        return pd.DataFrame({name if output.name is None else output.name: output})
+    if isinstance(output, dict) or (isinstance(output, list) and output and isinstance(output[0], dict)):
+        return pd.DataFrame(output)
+    cells = np.atleast_1d(np.asarray(plain(output)))
+    if cells.ndim == 1:
+        return pd.DataFrame({name: cells})
+    return pd.DataFrame(cells, columns=[f"{name}_{index}" for index in range(cells.shape[1])])
 
 
 def plain(value: Any) -> Any:

@@ -14,16 +14,16 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from darwin_runtime.engine.batching import PredictionRequest
 from darwin_runtime.errors import BadRequest, EncodingError
-from darwin_runtime.protocols.base import METHOD, Headers, Reply, parse_params, read_object
+from darwin_runtime.protocols import kserve_v1
+from darwin_runtime.protocols.base import METHOD, Headers, Reply, Request, parse_params, read_object
 from darwin_runtime.protocols.encoding import dump, plain
+from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES, NUMBERS, Tensor, parameters_of, read_tensors
 from darwin_runtime.schema.model_spec import ModelSpec
 from darwin_runtime.schema.rows import Array, Rows
 from darwin_runtime.schema.signature import Spec
@@ -35,91 +35,33 @@ BINARY = "application/octet-stream"
 LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ("binary_tensor_data",)
 
-BYTES = "BYTES"
-NUMBERS = {
-    "BOOL": "?",
-    "UINT8": "<u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "INT8": "<i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "FP16": "<f2",
-    "FP32": "<f4",
-    "FP64": "<f8",
-}
-_DATATYPES = {np.dtype(code).newbyteorder("="): name for name, code in NUMBERS.items()}
-
 # What stands for MLflow's types of columns.
 COLUMNS = {"boolean": "BOOL", "integer": "INT32", "long": "INT64", "float": "FP32", "double": "FP64"}
-
-# As many as any numpy can have.
-MOST_AXES = 32
 
 # Request parameters that are the protocol's own.
 WANTS_BINARY = "binary_data_output"
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One of a request. `values` are flat, in row-major order, as JSON would have them, or numbers as an array."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    values: Any
-
-    def nested(self) -> Any:
-        """Lists in lists, as other protocols have them."""
-        if isinstance(self.values, np.ndarray):
-            return _numbers(self.values).reshape(self.shape).tolist()
-        array = np.empty(len(self.values), dtype=object)
-        array[:] = self.values
-        return array.reshape(self.shape).tolist()
-
-    def column(self) -> list[Any] | None:
-        """A value for each row; None if a row has more."""
-        if len(self.shape) != 1 and self.shape[1:] != (1,):
-            return None
-        return list(_numbers(self.values).tolist()) if isinstance(self.values, np.ndarray) else self.values
-
-
-def _numbers(values: Array) -> Array:
-    """With None for NaN, as JSON would have it."""
-    missing = np.isnan(values) if values.dtype.kind == "f" else None
-    if missing is None or not missing.any():
-        return values
-    with_none = values.astype(object)
-    with_none[missing] = None
-    return with_none
-
-
 # Requests
 
 
-def read_infer(body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest:
-    """Raises `BadRequest` or `InputError`."""
+def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = True) -> Request:
+    """`{"inputs": [...]}`, the tensors; bytes after the JSON are theirs. Raises `BadRequest` or `InputError`."""
     head, tail = _parts(body, headers.get(LENGTH.lower().encode()))
-    return read_object(head, contract.input_schema, lambda request: _infer(request, tail, contract))
-
-
-def _infer(request: dict[str, Any], tail: memoryview, contract: ModelSpec) -> PredictionRequest:
-    tensors = _tensors(request.get("inputs"), tail)
-    parameters = _parameters(request, "the request")
+    given = read_object(head, exact=exact)
+    tensors = read_tensors(given.get("inputs"), tail)
+    parameters = parameters_of(given, "the request")
     params, method = parse_params(parameters, contract)
-    wanted, label = _wanted(request.get("outputs"), contract)
+    wanted, label = _wanted(given.get("outputs"), contract)
     if label and METHOD in parameters and label != (method or contract.method):
         raise BadRequest(f"output {label!r} is asked for, and {method or contract.method!r} by {METHOD}")
     if label and label != contract.method:
         method = label
-    name = request.get("id")
+    name = given.get("id")
     if name is not None and not isinstance(name, str):
         raise BadRequest("id must be a string")
-    form = Form(name, method or contract.method, label, wanted, bool(parameters.get(WANTS_BINARY)))
-    write = partial(write_infer, contract=contract, form=form)
-    return PredictionRequest(_rows(tensors, contract), params, write, method)
+    form = Form(name, label, wanted, bool(parameters.get(WANTS_BINARY)))
+    return Request(_rows(tensors, contract), params, contract, method, form)
 
 
 def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
@@ -130,138 +72,6 @@ def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
     return body[: int(length)], memoryview(body)[int(length) :]
 
 
-def _parameters(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
-    parameters = given.get("parameters")
-    if parameters is None:
-        return {}
-    if not isinstance(parameters, dict):
-        raise BadRequest(f"the parameters of {whose} must be an object")
-    return parameters
-
-
-def _tensors(inputs: Any, tail: memoryview) -> list[Tensor]:
-    if not isinstance(inputs, list) or not inputs:
-        raise BadRequest("inputs must be a list of at least one tensor")
-    tensors: dict[str, Tensor] = {}
-    for given in inputs:
-        name = given.get("name") if isinstance(given, dict) else None
-        if not isinstance(name, str):
-            raise BadRequest("each of inputs must be an object with name, shape, datatype and data")
-        if name in tensors:
-            raise BadRequest(f"input {name[:100]!r} is there twice")
-        tensors[name], tail = _tensor(given, name, tail)
-    if tail:
-        raise BadRequest(f"{len(tail)} bytes are left over after the last input")
-    return list(tensors.values())
-
-
-def _tensor(given: Mapping[str, Any], whole_name: str, tail: memoryview) -> tuple[Tensor, memoryview]:
-    """The tensor, and what of the binary data belongs to those after it."""
-    name = whole_name[:100]
-    datatype, shape = given.get("datatype"), _shape(given.get("shape"), name)
-    if not isinstance(datatype, str) or (datatype != BYTES and datatype not in NUMBERS):
-        raise BadRequest(
-            f"input {name!r}: unknown datatype {_shown(datatype)}, it may be {', '.join(NUMBERS)}, {BYTES}"
-        )
-    count = math.prod(shape)
-    size = _parameters(given, f"input {name!r}").get("binary_data_size")
-    if size is None:
-        values = _flat(given.get("data"), count, name, shape)
-        _check(values, datatype, name)
-        return Tensor(whole_name, datatype, shape, values), tail
-    if type(size) is not int or not 0 <= size <= len(tail):
-        raise BadRequest(
-            f"input {name!r}: binary_data_size {_shown(size)} is not within the {len(tail)} bytes that are left"
-        )
-    if "data" in given:
-        raise BadRequest(f"input {name!r}: there may be data or binary_data_size, not both")
-    part, tail = tail[:size], tail[size:]
-    binary = _texts(part, count, name) if datatype == BYTES else _array(part, count, datatype, name, shape)
-    return Tensor(whole_name, datatype, shape, binary), tail
-
-
-def _shown(value: Any) -> str:
-    """The beginning of it; a list or an object can be nested too deep to be shown."""
-    if isinstance(value, (list, dict)):
-        return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
-    return repr(str(value)[:50])
-
-
-def _shape(given: Any, name: str) -> tuple[int, ...]:
-    good = isinstance(given, list) and 0 < len(given) <= MOST_AXES
-    if not good or any(type(part) is not int or not 0 < part < 2**63 for part in given):
-        raise BadRequest(f"input {name!r}: shape must be a list of at most {MOST_AXES} lengths, none of them 0")
-    return tuple(given)
-
-
-def _flat(data: Any, count: int, name: str, shape: Sequence[int]) -> list[Any]:
-    """`data`, flat or nested as `shape` is, as a flat list of `count` values."""
-    if not isinstance(data, list):
-        raise BadRequest(f"input {name!r}: data must be a list")
-    level = data
-    for axis, length in enumerate(shape[1:], 1):
-        if not level or not isinstance(level[0], list):
-            break
-        if any(not isinstance(part, list) or len(part) != length for part in level):
-            raise BadRequest(
-                f"input {name!r}: data is not nested as its shape {list(shape)}: axis {axis} is not {length} long"
-            )
-        level = [value for part in level for value in part]
-    if len(level) != count:
-        raise BadRequest(
-            f"input {name!r}: data has {len(level)} values, and its shape {list(shape)} stands for {count}"
-        )
-    return level
-
-
-_KINDS: dict[str, set[type]] = {"BOOL": {bool}, BYTES: {str, type(None)}}
-_FLOATS: set[type] = {int, float, type(None)}
-
-
-def _check(values: list[Any], datatype: str, name: str) -> None:
-    """Raise `BadRequest` unless `values`, of JSON, are of the type that the client says they are."""
-    allowed = _KINDS.get(datatype) or (_FLOATS if datatype.startswith("FP") else {int})
-    if odd := set(map(type, values)) - allowed:
-        example = next(value for value in values if type(value) in odd)
-        raise BadRequest(f"input {name!r}: {_shown(example)} is no {datatype}")
-    if allowed == {int} and values:
-        limits = np.iinfo(NUMBERS[datatype])
-        if min(values) < limits.min or max(values) > limits.max:
-            raise BadRequest(f"input {name!r}: not all values are within {datatype}")
-
-
-def _array(part: memoryview, count: int, datatype: str, name: str, shape: Sequence[int]) -> Array:
-    dtype = np.dtype(NUMBERS[datatype])
-    if len(part) != count * dtype.itemsize:
-        needed = f"{count * dtype.itemsize} for shape {list(shape)} of {datatype}"
-        raise BadRequest(f"input {name!r}: binary_data_size is {len(part)}, and has to be {needed}")
-    if datatype == "BOOL" and bytes(part).strip(b"\0\1"):
-        raise BadRequest(f"input {name!r}: a BOOL is a byte of 0 or 1")
-    # A copy, since where the data begins may suit no number.
-    return np.frombuffer(bytes(part), dtype)
-
-
-def _texts(part: memoryview, count: int, name: str) -> list[Any]:
-    values: list[Any] = []
-    at = 0
-    while at < len(part):
-        if at + 4 > len(part):
-            raise BadRequest(f"input {name!r}: its binary data ends within the length of element {len(values)}")
-        (length,) = struct.unpack_from("<I", part, at)
-        at += 4
-        if length > len(part) - at:
-            raise BadRequest(
-                f"input {name!r}: element {len(values)} is said to have {length} bytes, {len(part) - at} are left"
-            )
-        values.append(bytes(part[at : at + length]))
-        at += length
-    if len(values) != count:
-        raise BadRequest(
-            f"input {name!r}: its binary data holds {len(values)} elements, and its shape stands for {count}"
-        )
-    return values
-
-
 def _wanted(outputs: Any, contract: ModelSpec) -> tuple[dict[str, bool | None] | None, str]:
     """Which outputs are wanted, and whether in binary; and a method, if one is asked for as MLServer's clients do."""
     if outputs is None or outputs == []:
@@ -270,7 +80,7 @@ def _wanted(outputs: Any, contract: ModelSpec) -> tuple[dict[str, bool | None] |
         isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
     ):
         raise BadRequest("outputs must be a list of objects with a name")
-    wanted = {each["name"]: _parameters(each, f"output {each['name']!r}").get("binary_data") for each in outputs}
+    wanted = {each["name"]: parameters_of(each, f"output {each['name']!r}").get("binary_data") for each in outputs}
     asked = [name for name in wanted if name in contract.methods and name not in _names(contract)]
     if asked and len(wanted) > 1:
         raise BadRequest(f"outputs {', '.join(wanted)[:200]} cannot be had at once: ask for one of them at a time")
@@ -363,23 +173,23 @@ def _typed(tensor: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Form:
-    """How a client wants the answer: with its `id`, from which method, and called by what `label`, if not as usual.
+    """The answer's form that a client wants: with its `id`, and called by what `label`, if not as usual.
 
     `wanted` says which outputs, and whether each is to be `binary`, if it is not as for all.
     """
 
     id: str | None
-    method: str
     label: str
     wanted: Mapping[str, bool | None] | None
     binary: bool
 
 
-def write_infer(output: Any, contract: ModelSpec, form: Form) -> Reply:
+def write(output: Any, request: Request) -> Reply:
     """Raises `EncodingError`, and `BadRequest` for an output that the model hasn't got."""
-    named = {form.label: output} if form.label else _outputs(output, contract, form.method)
+    contract, form = request.contract, request.form
+    named = {form.label: output} if form.label else _outputs(output, contract, request.method)
     # A column's values are told as one, as the metadata does.
-    columns = form.method == contract.method and any(spec["type"] != "tensor" for spec in contract.outputs)
+    columns = not request.method and any(spec["type"] != "tensor" for spec in contract.outputs)
     found = {key: _array_of(values, column=columns) for key, values in named.items()}
     wanted = dict.fromkeys(found) if form.wanted is None else form.wanted
     if absent := [key for key in wanted if key not in found]:
@@ -387,7 +197,7 @@ def write_infer(output: Any, contract: ModelSpec, form: Form) -> Reply:
     outputs, buffers = [], []
     for key, asked in wanted.items():
         array = found[key]
-        datatype = _DATATYPES.get(array.dtype, BYTES)
+        datatype = DATATYPES.get(array.dtype, BYTES)
         described: dict[str, Any] = {"name": key, "datatype": datatype, "shape": list(array.shape)}
         if form.binary if asked is None else asked:
             little = array.dtype.newbyteorder("<")
@@ -409,17 +219,17 @@ def write_infer(output: Any, contract: ModelSpec, form: Form) -> Reply:
 
 
 def _outputs(output: Any, contract: ModelSpec, method: str) -> dict[str, Any]:
-    """The tensors in `output`, by name: those of the signature, else the method's."""
+    """The tensors in `output`, by name: those of the signature, else that of `method`, or of the usual one."""
     if isinstance(output, list) and output and all(isinstance(row, dict) for row in output):
         output = pd.DataFrame(output)
     if isinstance(output, pd.DataFrame):
         return {str(key): output[key] for key in output.columns}
     if isinstance(output, dict):
         return {str(key): value for key, value in output.items()}
-    names = _names(contract) if method == contract.method else []
+    names = [] if method else _names(contract)
     if isinstance(output, np.ndarray) and len(names) > 1 and output.shape[1:] == (len(names),):
         return dict(zip(names, output.T, strict=True))
-    return {names[0] if len(names) == 1 else method: output}
+    return {names[0] if len(names) == 1 else method or contract.method: output}
 
 
 def _array_of(values: Any, *, column: bool) -> Array:
@@ -433,7 +243,7 @@ def _array_of(values: Any, *, column: bool) -> Array:
     if array.dtype.kind == "M":
         array = np.array(plain(array), dtype=object)
     else:
-        array = array.astype(native if native in _DATATYPES else object, copy=False)
+        array = array.astype(native if native in DATATYPES else object, copy=False)
     if column and array.ndim == 1:
         return array.reshape(-1, 1)
     return np.ascontiguousarray(np.atleast_1d(array))
@@ -467,6 +277,11 @@ def _packed(array: Array) -> bytes:
     return b"".join(parts)
 
 
+def render_error(error: Exception) -> Reply:
+    """The answer to a request that failed with `error`: as in V1."""
+    return kserve_v1.render_error(error)
+
+
 # Metadata
 
 
@@ -492,7 +307,7 @@ def _described(spec: Spec, index: int) -> dict[str, Any]:
     name = spec.get("name")
     if spec["type"] == "tensor":
         dtype, shape = np.dtype(spec["tensor-spec"]["dtype"]), list(spec["tensor-spec"]["shape"])
-        return {"name": name or "input", "datatype": _DATATYPES.get(dtype, BYTES), "shape": shape}
+        return {"name": name or "input", "datatype": DATATYPES.get(dtype, BYTES), "shape": shape}
     return {
         "name": str(index if name is None else name),
         "datatype": COLUMNS.get(spec["type"], BYTES),

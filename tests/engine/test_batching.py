@@ -11,25 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from darwin_runtime.engine.batching import (
-    MAX_QUEUE_BYTES,
-    SUSPECT_SECONDS,
-    Answered,
-    Batcher,
-    BatchLimits,
-    InferenceThread,
-    PredictionRequest,
-    split,
-)
+from darwin_runtime.engine.admission import MAX_QUEUE_BYTES, Answered, BatchLimits
+from darwin_runtime.engine.batching import SUSPECT_SECONDS, Batcher, split
+from darwin_runtime.engine.inference_thread import InferenceThread
 from darwin_runtime.errors import ClientDisconnected, DeadlineExceeded, InputError, Overloaded
-from darwin_runtime.schema.model_spec import compile_schema
+from darwin_runtime.protocols.base import Request
+from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
+from darwin_runtime.schema.params import ParamSchema
 from darwin_runtime.schema.rows import Rows
 
 PLAN = compile_schema([{"type": "double", "name": "a"}])
+CONTRACT = ModelSpec(PLAN, ParamSchema(None))
 
 
-def rows(*values: float) -> Rows:
-    return PLAN.records([{"a": value} for value in values])
+def request(*values: float, **params: Any) -> Request:
+    return Request(PLAN.records([{"a": value} for value in values]), params, CONTRACT)
 
 
 class Doubler:
@@ -63,7 +59,7 @@ async def left() -> bool:
     return True
 
 
-def write(output: Any) -> bytes:
+def write(output: Any, _: Request) -> bytes:
     return repr(np.asarray(output).tolist()).encode()
 
 
@@ -85,9 +81,7 @@ class Bench:
         self.hung += 1
 
     def ask(self, *values: float, gone: Callable[..., Any] = still_there, size: int = 10, **params: Any) -> Any:
-        return asyncio.ensure_future(
-            reply(self.batcher.predict(PredictionRequest(rows(*values), params, write), size, gone))
-        )
+        return asyncio.ensure_future(reply(self.batcher.predict(request(*values, **params), write, size, gone)))
 
     async def occupied(self) -> tuple[Any, threading.Event]:
         """The model is busy with a first request until the event is set."""
@@ -130,7 +124,7 @@ def test_one_after_another_goes_to_the_model_without_another_turn_of_the_loop() 
     async def test() -> None:
         bench = Bench()
         for call in range(3):
-            asked = bench.batcher.predict(PredictionRequest(rows(call), {}, write), 10, still_there)
+            asked = bench.batcher.predict(request(call), write, 10, still_there)
             asked.send(None)
             assert bench.model.entered.acquire(timeout=60)  # which keeps the loop from turning
             asked.close()
@@ -202,15 +196,13 @@ def test_after_a_batch_failed_each_is_answered_as_soon_as_it_can_be() -> None:
 
 
 def test_an_answer_that_can_not_be_written_fails_alone() -> None:
-    def picky(output: Any) -> bytes:
+    def picky(output: Any, asked: Request) -> bytes:
         assert output[0] != 2.0
-        return write(output)
+        return write(output, asked)
 
     async def test() -> None:
         bench = Bench()
-        asked = [
-            reply(bench.batcher.predict(PredictionRequest(rows(i), {}, picky), 1, still_there)) for i in (0, 0, 1, 2)
-        ]
+        asked = [reply(bench.batcher.predict(request(i), picky, 1, still_there)) for i in (0, 0, 1, 2)]
         _, *answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [answers[0], answers[2]] == [b"[0.0]", b"[4.0]"]
         assert isinstance(answers[1], AssertionError)
@@ -223,13 +215,11 @@ def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(caplog: pyt
     async def test() -> None:
         thread, limits = InferenceThread(), BatchLimits()
         batcher = Batcher(lambda given, *_: [given.count], thread, limits, batching=True, on_hang=lambda: None)
-        asked = [
-            reply(batcher.predict(PredictionRequest(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2, 3)
-        ]
+        asked = [reply(batcher.predict(request(*range(n)), write, 1, still_there)) for n in (1, 2, 3)]
         assert await asyncio.gather(*asked) == [b"[1]", b"[2]", b"[3]"]
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         # Once that is known, it isn't tried again.
-        again = [reply(batcher.predict(PredictionRequest(rows(*range(n)), {}, write), 1, still_there)) for n in (1, 2)]
+        again = [reply(batcher.predict(request(*range(n)), write, 1, still_there)) for n in (1, 2)]
         assert list(await asyncio.gather(*again)) == [b"[1]", b"[2]"]
         assert len(caplog.records) == 1
 
@@ -276,7 +266,7 @@ def test_who_would_wait_too_long_is_told_so_at_once(batching: bool) -> None:
         # What it was reckoned by is forgotten once batches have been quick again.
         for number in range(200):
             assert await bench.ask(number) == f"[{number * 2.0}]".encode()
-        assert bench.batcher._wait == 0
+        assert bench.batcher._queue.wait == 0
 
     run(test)
 
@@ -312,20 +302,20 @@ def test_large_bodies_count_by_their_size() -> None:
     run(test)
 
 
-def test_what_takes_long_to_parse_waits_its_turn_unparsed() -> None:
+def test_what_takes_long_to_read_waits_its_turn_unread() -> None:
     async def test() -> None:
         bench = Bench(BatchLimits(queue_rows=300))
         first, gate = await bench.occupied()
-        parsed: list[float] = []
+        have_read: list[float] = []
 
         def ask(value: float) -> Any:
-            def parse() -> PredictionRequest:
-                parsed.append(value)
+            def read() -> Request:
+                have_read.append(value)
                 if value < 0:
                     raise InputError([])
-                return PredictionRequest(rows(value, value), {}, write)
+                return request(value, value)
 
-            return asyncio.ensure_future(reply(bench.batcher.parse_and_predict(parse, 10, still_there)))
+            return asyncio.ensure_future(reply(bench.batcher.predict(read, write, 10, still_there)))
 
         large, bad = ask(1), ask(-1)
         await asyncio.sleep(0)
@@ -333,7 +323,7 @@ def test_what_takes_long_to_parse_waits_its_turn_unparsed() -> None:
             await bad
         small = bench.ask(2)
         await asyncio.sleep(0)
-        assert parsed == []
+        assert have_read == []
         gate.set()
         assert list(await asyncio.gather(first, large, small)) == [b"[0.0]", b"[2.0, 2.0]", b"[4.0]"]
         assert [call for call, _ in bench.model.calls] == [[0], [1, 1], [2]]
@@ -448,14 +438,7 @@ def test_an_output_that_can_not_be_split_is_asked_for_one_by_one() -> None:
     async def test() -> None:
         batcher = Batcher(predict, InferenceThread(), BatchLimits(), batching=True, on_hang=lambda: None)
         for _ in range(2):
-            asked = [reply(batcher.predict(PredictionRequest(rows(i), {}, write), 1, still_there)) for i in (1, 2)]
+            asked = [reply(batcher.predict(request(i), write, 1, still_there)) for i in (1, 2)]
             assert list(await asyncio.gather(*asked)) == [b"1", b"1"]
 
     run(test)
-
-
-def test_the_inference_thread_survives_what_it_runs(caplog: pytest.LogCaptureFixture) -> None:
-    thread = InferenceThread()
-    thread.run(lambda: 1 / 0)  # type: ignore[arg-type]
-    assert thread.submit(lambda: 1).result(60) == 1
-    assert "a job on the inference thread failed" in caplog.text

@@ -18,7 +18,7 @@ import requests
 import tritonclient.http as triton
 from tritonclient.http.auth import BasicAuth
 
-from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.errors import ConfigError
 from darwin_runtime.http.app import make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, MAX_KEYS, Guard, Keys

@@ -18,7 +18,7 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.http.app import make_app
 from darwin_runtime.http.metrics import SharedMetrics, WorkerMetrics, exposition
 from darwin_runtime.http.service import Service

@@ -12,7 +12,7 @@ import pytest
 import requests
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.http.app import make_app
 from darwin_runtime.http.auth import EXEMPTIBLE, Guard, Keys
 from darwin_runtime.http.service import VERSION, Service

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import requests
 
-from darwin_runtime.engine.batching import MAX_QUEUE_BYTES
+from darwin_runtime.engine.admission import MAX_QUEUE_BYTES
 from darwin_runtime.http.request_log import PIPE_BYTES, AccessLog, Line, _pieces
 from darwin_runtime.http.tracing import Trace
 from darwin_runtime.protocols.base import PARQUET

@@ -47,7 +47,7 @@ from darwin_runtime.model.compare import same, splits_into
 from darwin_runtime.model.load import SERVING, load_model
 from darwin_runtime.model.model import Model
 from darwin_runtime.model.native import NotEquivalent
-from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols import mlflow_scoring
 from tests.support.models import REQUIREMENTS, model_path, save
 
 with warnings.catch_warnings():
@@ -103,7 +103,7 @@ def loaded(model: Any, features: Any = TABLE, flavor: str = "sklearn", **options
 def proven(model: Model, *, fast: bool = True) -> Model:
     example = None
     if model.example is not None:
-        example = protocols.read_invocations(model.example, {}, model.contract("")).rows
+        example = mlflow_scoring.read(model.example, {}, model.contract("")).rows
     return model.with_quickest_predictor(example, fast=fast, budget=60)
 
 

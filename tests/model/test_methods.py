@@ -17,11 +17,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from darwin_runtime.engine.batching import Batcher, BatchLimits, InferenceThread, PredictionRequest
+from darwin_runtime.engine.admission import BatchLimits
+from darwin_runtime.engine.batching import Batcher
+from darwin_runtime.engine.inference_thread import InferenceThread
 from darwin_runtime.errors import RoleError
 from darwin_runtime.model.load import load_model
 from darwin_runtime.model.model import Model
 from darwin_runtime.model.self_test import example_rows, make_ready
+from darwin_runtime.protocols.base import Request
 from darwin_runtime.schema.rows import Rows
 from tests.conftest import run_role
 from tests.support.models import IRIS, REQUIREMENTS, iris_table, model_path, save, save_estimator
@@ -119,7 +122,8 @@ def test_only_the_proven_method_is_batched() -> None:
         batcher = Batcher(predict, InferenceThread(), BatchLimits(), batching=True, on_hang=lambda: None)
         methods = ["predict_proba", "", "predict_proba", "", ""]
         asked = [
-            batcher.predict(PredictionRequest(rows, {}, lambda output: output, method), 1, here) for method in methods
+            batcher.predict(Request(rows, {}, model.contract(""), method), lambda output, _: output, 1, here)
+            for method in methods
         ]
         for method, answered in zip(methods, await asyncio.gather(*asked), strict=True):
             assert answered.reply.ndim == (2 if method else 1)

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from darwin_runtime.engine.batching import PredictionRequest
 from darwin_runtime.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -19,12 +18,17 @@ from darwin_runtime.errors import (
     InputError,
     InputRejected,
     NotReady,
+    Overloaded,
     ParamsError,
     PredictionFailed,
+    RequestError,
     TooLarge,
+    Unauthorized,
     UnsupportedMediaType,
 )
 from darwin_runtime.protocols import base as protocols
+from darwin_runtime.protocols import darwin, kserve_v1, mlflow_scoring, open_inference
+from darwin_runtime.protocols.base import Request
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
 from darwin_runtime.schema.params import ParamSchema
@@ -34,13 +38,13 @@ PARAMS = ParamSchema([{"name": "p", "type": "double", "default": 1.0, "shape": N
 CONTRACT = ModelSpec(PLAN, PARAMS)
 
 
-def predict(body: bytes) -> PredictionRequest:
-    return protocols.read_predict(body, {}, CONTRACT)
+def predict(body: bytes) -> Request:
+    return darwin.read(body, {}, CONTRACT)
 
 
-def invoke(body: bytes, content_type: str | None = "application/json") -> PredictionRequest:
+def invoke(body: bytes, content_type: str | None = "application/json") -> Request:
     headers = {} if content_type is None else {b"content-type": content_type.encode()}
-    return protocols.read_invocations(body, headers, CONTRACT)
+    return mlflow_scoring.read(body, headers, CONTRACT)
 
 
 @pytest.mark.parametrize(
@@ -169,16 +173,16 @@ def test_csv_must_be_utf8() -> None:
     ],
 )
 def test_answers(output: Any, predictions: Any, scores: Any) -> None:
-    assert json.loads(protocols.write_predictions(output).body) == {"predictions": predictions}
-    assert json.loads(protocols.write_scores(output).body) == {"scores": scores}
+    assert json.loads(mlflow_scoring.write_predictions(output).body) == {"predictions": predictions}
+    assert json.loads(darwin.write_scores(output).body) == {"scores": scores}
 
 
 @pytest.mark.parametrize("output", [object(), [object()], {"a": 1j}, {"deep": {1, 2}}])
 def test_answers_without_a_json_form(output: Any) -> None:
     with pytest.raises(EncodingError):
-        protocols.write_predictions(output)
+        mlflow_scoring.write_predictions(output)
     with pytest.raises(EncodingError):
-        protocols.write_scores(output)
+        darwin.write_scores(output)
 
 
 def input_error(error: type[InputError] = InputError, **row: Any) -> InputError:
@@ -204,16 +208,16 @@ def input_error(error: type[InputError] = InputError, **row: Any) -> InputError:
     ],
 )
 def test_failures(error: Exception, status: int, code: str, darwin_status: int) -> None:
-    reply = protocols.mlflow_failure(error)
+    reply = mlflow_scoring.render_error(error)
     body = json.loads(reply.body)
     assert (reply.status, body["error_code"], body.keys()) == (status, code, {"error_code", "message"})
-    reply = protocols.darwin_failure(error, PLAN.inputs)
+    reply = darwin.render_error(error, PLAN.inputs)
     assert (reply.status, list(json.loads(reply.body))) == (darwin_status, ["detail"])
     assert b"secret" not in reply.body
 
 
 def test_darwin_mismatch_in_full() -> None:
-    reply = protocols.darwin_failure(input_error(a="x"), PLAN.inputs)
+    reply = darwin.render_error(input_error(a="x"), PLAN.inputs)
     assert json.loads(reply.body)["detail"] == {
         "message": "Input does not match the model's signature",
         "errors": [
@@ -233,24 +237,22 @@ def test_darwin_mismatch_in_full() -> None:
 
 
 def test_unsupported_media_types_are_answered_in_plain_text() -> None:
-    assert protocols.mlflow_failure(UnsupportedMediaType("no")) == protocols.Reply(
+    assert mlflow_scoring.render_error(UnsupportedMediaType("no")) == protocols.Reply(
         415, b"no", "text/plain; charset=utf-8"
     )
 
 
 def test_integers_beyond_64_bits_are_exact() -> None:
     body = b'{"dataframe_records": [{"a": 18446744073709551617, "b": "99999999999999999999"}]}'
-    rows = protocols.read_invocations(body, {}, ModelSpec(compile_schema(None), PARAMS)).rows
+    rows = mlflow_scoring.read(body, {}, ModelSpec(compile_schema(None), PARAMS)).rows
     assert rows.for_model()["a"].tolist() == [2**64 + 1]
     with pytest.raises(InputError):
-        protocols.read_invocations(body, {}, ModelSpec(compile_schema([{"type": "double", "name": "a"}]), PARAMS))
+        mlflow_scoring.read(body, {}, ModelSpec(compile_schema([{"type": "double", "name": "a"}]), PARAMS))
 
 
 @pytest.mark.parametrize("value", [2**64 + 1, -(2**63) - 1, [2**64 + 1], [0.5, -(2**64) - 1], 10**30 + 1])
 def test_integers_beyond_64_bits_are_exact_wherever_they_are(value: Any) -> None:
-    rows = protocols.read_invocations(
-        dump({"inputs": {"a": [value]}}), {}, ModelSpec(compile_schema(None), PARAMS)
-    ).rows
+    rows = mlflow_scoring.read(dump({"inputs": {"a": [value]}}), {}, ModelSpec(compile_schema(None), PARAMS)).rows
     assert rows.value["a"].tolist() == [value]
 
 
@@ -272,7 +274,7 @@ def test_a_dataclass_is_a_score() -> None:
     class Answer:
         score: float
 
-    assert protocols.write_scores(Answer(1.5)).body == dump({"scores": [{"score": 1.5}]})
+    assert darwin.write_scores(Answer(1.5)).body == dump({"scores": [{"score": 1.5}]})
 
 
 def test_deep_nesting_beside_a_long_integer() -> None:
@@ -287,14 +289,14 @@ def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
     plan = compile_schema([{"type": "double", "name": "a"}])
     params = ParamSchema([{"name": "p", "type": "double", "default": 1.0, "shape": None}])
 
-    def read(rows: int) -> PredictionRequest:
+    def read(rows: int) -> Request:
         cell = value if place == "cell" else "1.5"
         extra = f', "b": {value}' if place == "extra" else ""
         records = ", ".join([f'{{"a": 0.5{extra}}}'] * rows + [f'{{"a": {cell}}}'])
         param = f', "params": {{"p": {value}}}' if place == "param" else ""
         body = f'{{"dataframe_records": [{records}]{param}}}'.encode()
         assert (len(body) > 16 * 1024) == (rows > 1)
-        return protocols.read_invocations(body, {}, ModelSpec(plan, params))
+        return protocols.read_request(mlflow_scoring, body, {}, ModelSpec(plan, params))
 
     for rows in (1, 2000):
         if place == "extra":
@@ -304,9 +306,48 @@ def test_integers_are_exact_in_large_bodies_too(value: str, place: str) -> None:
                 read(rows)
 
 
+@pytest.mark.parametrize(
+    ("rows", "params"),
+    [([[0.5]], {}), ([[0.5], [None]], {}), ([[0.5]], {"p": 1.5}), ([[2.0**64]], {}), ([[0.5]], {"p": 2.0**64})],
+)
+def test_only_what_may_have_been_a_long_integer_is_searched_for_one(
+    rows: list[list[float | None]], params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract = ModelSpec(compile_schema([{"type": "double", "name": "a"}]), PARAMS)
+    body = json.dumps({"inputs": rows * 5000, "params": params}).encode()
+    expected = mlflow_scoring.read(body, {}, contract)
+    doubtful = 2.0**64 in (rows[0][0], params.get("p"))
+    monkeypatch.setattr(protocols, "_LONG_INTEGER", None)
+    if doubtful:
+        with pytest.raises(TypeError):
+            protocols.read_request(mlflow_scoring, body, {}, contract)
+    else:
+        found = protocols.read_request(mlflow_scoring, body, {}, contract)
+        np.testing.assert_array_equal(found.rows.value, expected.rows.value)
+        assert found.params == expected.params
+
+
+@pytest.mark.parametrize("error", [Overloaded(7), Unauthorized("no key", (("WWW-Authenticate", "Bearer"),))])
+def test_an_error_s_headers_are_the_answer_s(error: RequestError) -> None:
+    replies = [module.render_error(error) for module in (mlflow_scoring, kserve_v1, open_inference)]
+    for reply in (darwin.render_error(error, ()), *replies):
+        assert (reply.status, reply.headers) == (error.status, error.headers)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("/secret/path"), KeyError("secret"), ValueError("secret")])
+def test_what_is_unexpected_shows_nothing_of_itself(error: Exception) -> None:
+    replies = [module.render_error(error) for module in (mlflow_scoring, kserve_v1, open_inference)]
+    for reply in (darwin.render_error(error, ()), *replies):
+        assert reply.status == 500
+        assert b"internal error" in reply.body
+        assert b"secret" not in reply.body
+
+
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b"[[1]],"])
-def test_what_would_take_far_more_memory_than_its_size_is_not_parsed(piece: bytes) -> None:
-    body = b'{"instances":[' + piece * protocols.MOST_CONTAINERS + b"0]}"
-    plan = compile_schema([{"type": "double", "name": "a"}])
+def test_what_would_take_far_more_memory_than_its_size_is_not_parsed(
+    piece: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b'{"instances":[' + piece * protocols.MAX_CONTAINERS + b"0]}"
+    monkeypatch.setattr("orjson.loads", lambda _: pytest.fail("it was parsed"))
     with pytest.raises(TooLarge, match="more than 4000000 arrays and objects"):
-        protocols.read_object(body, plan, lambda _: pytest.fail("it was parsed"))
+        protocols.read_object(body, exact=True)

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.errors import FeatureStoreError
 from darwin_runtime.protocols import feature_store
 from darwin_runtime.protocols.feature_store import FeatureStore

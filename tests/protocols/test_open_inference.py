@@ -28,7 +28,7 @@ B = {"name": "b", "shape": [2, 1], "datatype": "BYTES", "data": ["x", "y"]}
 
 def read(request: Any, contract: ModelSpec = TWO, headers: dict[bytes, bytes] | None = None) -> Any:
     body = request if isinstance(request, bytes) else json.dumps(request).encode()
-    return open_inference.read_infer(body, headers or {}, contract)
+    return open_inference.read(body, headers or {}, contract)
 
 
 def read_binary(body: bytes, length: int | str, contract: ModelSpec = TWO) -> Any:
@@ -200,7 +200,7 @@ def test_every_prefix_and_every_flipped_byte_is_read_or_refused() -> None:
 
 def answer(output: Any, contract: ModelSpec = ROWS, **request: Any) -> dict[str, Any]:
     asked = read({"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP64", "data": [1, 2]}], **request}, contract)
-    return dict(json.loads(asked.write(output).body))
+    return dict(json.loads(open_inference.write(output, asked).body))
 
 
 TIMES = np.array(["2024-01-31T12:00:00.5", "NaT"], dtype="datetime64[ns]")
@@ -280,7 +280,7 @@ def test_binary_for_some_or_for_all() -> None:
             [False, True],
         ),
     ):
-        reply = read({**base, **asked}, ROWS).write(table)
+        reply = open_inference.write(table, read({**base, **asked}, ROWS))
         length = dict(reply.headers)["Inference-Header-Content-Length"]
         head = json.loads(reply.body[: int(length)])
         assert ["data" not in output for output in head["outputs"]] == kinds
@@ -294,7 +294,7 @@ def test_methods_are_asked_for_as_outputs_or_as_a_parameter() -> None:
     by_parameter = read({**base, "parameters": {"predict_method": "predict_proba"}}, METHODS)
     assert (by_output.method, by_parameter.method) == ("predict_proba", "predict_proba")
     for request in (by_output, by_parameter):
-        [output] = json.loads(request.write(np.array([[0.25, 0.75]])).body)["outputs"]
+        [output] = json.loads(open_inference.write(np.array([[0.25, 0.75]]), request).body)["outputs"]
         assert output == {"name": "predict_proba", "datatype": "FP64", "shape": [1, 2], "data": [0.25, 0.75]}
     assert read({**base, "outputs": [{"name": "predict"}]}, METHODS).method == ""
     with pytest.raises(BadRequest, match="one of them at a time"):

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from darwin_runtime.errors import BadRequest, TooLarge
 from darwin_runtime.http.settings import default_limits
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols import open_inference
+from darwin_runtime.protocols import darwin, kserve_v1, mlflow_scoring, open_inference
+from darwin_runtime.protocols.base import WireProtocol
 from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
 from darwin_runtime.schema.params import ParamSchema
 from darwin_runtime.schema.rows import Rows
@@ -40,7 +41,6 @@ from tests.support.hostile import (
     TARGETS,
     TOKENS,
     VALUES,
-    Read,
     ask,
     requests,
     table,
@@ -57,11 +57,11 @@ bounded = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
-JSON_READERS: dict[str, Read] = {
-    "predict": protocols.read_predict,
-    "invocations": protocols.read_invocations,
-    "v1": protocols.read_v1,
-    "v2": open_inference.read_infer,
+JSON_PROTOCOLS: dict[str, WireProtocol] = {
+    "predict": darwin,
+    "invocations": mlflow_scoring,
+    "v1": kserve_v1,
+    "v2": open_inference,
 }
 
 SCALAR = (
@@ -99,13 +99,13 @@ def spoiled(draw: st.DrawFn, kind: str) -> tuple[str, Any]:
     return name, body
 
 
-@pytest.mark.parametrize("kind", JSON_READERS)
+@pytest.mark.parametrize("kind", JSON_PROTOCOLS)
 def test_of_json_nothing_but_what_is_expected_comes_out(kind: str) -> None:
     @bounded
     @given(spoiled(kind))
     def holds(given: tuple[str, Any]) -> None:
         name, body = given
-        ask(JSON_READERS[kind], json.dumps(body).encode(), {}, CONTRACTS[name])
+        ask(JSON_PROTOCOLS[kind], json.dumps(body).encode(), {}, CONTRACTS[name])
 
     holds()
 
@@ -173,9 +173,9 @@ def written(columns: list[dict[str, Any]], rows: list[list[Any]]) -> dict[str, C
     shuffled = [dict(reversed(record.items())) for record in records]
     by_column = {name: [record[name] for record in records] for name in names}
 
-    def read(reader: Read, body: Any, headers: Any = None) -> Callable[[ModelSpec], Rows]:
+    def read(protocol: WireProtocol, body: Any, headers: Any = None) -> Callable[[ModelSpec], Rows]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return lambda contract: reader(data, headers or {}, contract).rows
+        return lambda contract: protocol.read(data, headers or {}, contract).rows
 
     lines = io.StringIO()
     csv.writer(lines, quoting=csv.QUOTE_ALL).writerows([names, *rows])
@@ -192,20 +192,18 @@ def written(columns: list[dict[str, Any]], rows: list[list[Any]]) -> dict[str, C
         ]
     }
     ways: dict[str, Callable[[ModelSpec], Rows]] = {
-        "features": read(protocols.read_predict, {"features": records}),
-        "records": read(protocols.read_invocations, {"dataframe_records": shuffled}),
-        "split": read(protocols.read_invocations, {"dataframe_split": {"columns": names, "data": rows}}),
-        "inputs": read(protocols.read_invocations, {"inputs": by_column}),
-        "instances": read(protocols.read_v1, {"instances": records}),
-        "positional": read(protocols.read_v1, {"instances": rows}),
-        "v2": read(open_inference.read_infer, tensors),
-        "csv": read(protocols.read_invocations, lines.getvalue().encode(), CSV),
+        "features": read(darwin, {"features": records}),
+        "records": read(mlflow_scoring, {"dataframe_records": shuffled}),
+        "split": read(mlflow_scoring, {"dataframe_split": {"columns": names, "data": rows}}),
+        "inputs": read(mlflow_scoring, {"inputs": by_column}),
+        "instances": read(kserve_v1, {"instances": records}),
+        "positional": read(kserve_v1, {"instances": rows}),
+        "v2": read(open_inference, tensors),
+        "csv": read(mlflow_scoring, lines.getvalue().encode(), CSV),
     }
     if all(value is not None for row in rows for value in row):
         packed, headers = binary(tensors)
-        ways["v2-binary"] = read(
-            open_inference.read_infer, packed, {k.lower().encode(): v.encode() for k, v in headers.items()}
-        )
+        ways["v2-binary"] = read(open_inference, packed, {k.lower().encode(): v.encode() for k, v in headers.items()})
     return ways
 
 
@@ -254,7 +252,7 @@ def test_parquet_arrives_as_it_was(given: tuple[list[dict[str, Any]], list[list[
     file = io.BytesIO()
     frame.to_parquet(file)
     contract = ModelSpec(compile_schema(columns), ParamSchema(None))
-    found = shown(protocols.read_invocations(file.getvalue(), PARQUET, contract).rows)
+    found = shown(mlflow_scoring.read(file.getvalue(), PARQUET, contract).rows)
     assert found == frame[names].to_numpy(dtype=object).tolist()
 
 
@@ -266,52 +264,52 @@ def _json(**body: Any) -> bytes:
 
 
 # Each of these is made of `size` parts, and would be far more in memory if it were believed.
-SWELLING: dict[str, Callable[[int], tuple[str, Read, bytes, Any]]] = {
+SWELLING: dict[str, Callable[[int], tuple[str, WireProtocol, bytes, Any]]] = {
     "texts, one of them long, without a signature": lambda n: (
-        *("anything", protocols.read_v1, _json(instances=["x" * n] + ["y"] * n), {}),
+        *("anything", kserve_v1, _json(instances=["x" * n] + ["y"] * n), {}),
     ),
     "texts in a tensor, one of them long": lambda n: (
-        *("texts", protocols.read_v1, _json(instances=[["x" * n, "y"]] + [["y", "y"]] * n), {}),
+        *("texts", kserve_v1, _json(instances=[["x" * n, "y"]] + [["y", "y"]] * n), {}),
     ),
     "bytes in a tensor, one of them long": lambda n: (
-        *("bytes", protocols.read_v1, _json(instances=["x" * n] + ["y"] * n), {}),
+        *("bytes", kserve_v1, _json(instances=["x" * n] + ["y"] * n), {}),
     ),
     "rows with keys of their own, as records": lambda n: (
-        *("anything", protocols.read_predict, json.dumps({"features": [{f"k{i}": 1} for i in range(n)]}).encode(), {}),
+        *("anything", darwin, json.dumps({"features": [{f"k{i}": 1} for i in range(n)]}).encode(), {}),
     ),
     "rows with keys of their own, as instances": lambda n: (
-        *("anything", protocols.read_v1, json.dumps({"instances": [{f"k{i}": 1} for i in range(n)]}).encode(), {}),
+        *("anything", kserve_v1, json.dumps({"instances": [{f"k{i}": 1} for i in range(n)]}).encode(), {}),
     ),
     "a first row of many keys, for a tensor": lambda n: (
         "tensor",
-        protocols.read_invocations,
+        mlflow_scoring,
         json.dumps({"dataframe_records": [{f"k{i}": 1 for i in range(n)}] + [{}] * n}).encode(),
         {},
     ),
     "a first row of many keys, for named tensors": lambda n: (
         "tensors",
-        protocols.read_invocations,
+        mlflow_scoring,
         json.dumps({"dataframe_records": [{f"k{i}": 1 for i in range(n)}] + [{}] * n}).encode(),
         {},
     ),
     "many problems below one long key": lambda n: (
         "nested",
-        protocols.read_predict,
+        darwin,
         _json(features={**CASES["nested"].row, "d": {"k" * n * 10: dict.fromkeys(map(str, range(n)), "x")}}),
         {},
     ),
     "a long text where there should be none": lambda n: (
-        *("doubles", protocols.read_invocations, b"\xc3\xa9" * n * 10, CSV),
+        *("doubles", mlflow_scoring, b"\xc3\xa9" * n * 10, CSV),
     ),
     "a shape that multiplies to anything": lambda n: (
         "doubles",
-        open_inference.read_infer,
+        open_inference,
         _json(inputs=[{"name": str(i), "shape": [2**62, 2**62], "datatype": "FP64", "data": [1]} for i in range(n)]),
         {},
     ),
-    "empty objects": lambda n: ("doubles", protocols.read_predict, _json(features=[{}] * n * 10), {}),
-    "empty lists": lambda n: ("tensor", protocols.read_v1, _json(instances=[[]] * n * 10), {}),
-    "lines of one cell": lambda n: ("one", protocols.read_invocations, b"a\n" + b"x\n" * n * 10, CSV),
+    "empty objects": lambda n: ("doubles", darwin, _json(features=[{}] * n * 10), {}),
+    "empty lists": lambda n: ("tensor", kserve_v1, _json(instances=[[]] * n * 10), {}),
+    "lines of one cell": lambda n: ("one", mlflow_scoring, b"a\n" + b"x\n" * n * 10, CSV),
 }  # fmt: skip
 
 # What Python itself takes: an empty object is 64 bytes of memory and two of a body, a line of CSV about 100.
@@ -320,10 +318,10 @@ PER_BYTE = 150
 
 @pytest.mark.parametrize("what", SWELLING)
 def test_memory_is_in_proportion_to_the_body(what: str) -> None:
-    name, read, body, headers = SWELLING[what](20_000)
+    name, protocol, body, headers = SWELLING[what](20_000)
     tracemalloc.start()
     try:
-        answer = ask_and_word(read, body, headers, CONTRACTS[name])
+        answer = ask_and_word(protocol, body, headers, CONTRACTS[name])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -331,11 +329,11 @@ def test_memory_is_in_proportion_to_the_body(what: str) -> None:
     assert len(answer) < 10 * len(body) + 10**5
 
 
-def ask_and_word(read: Read, body: bytes, headers: Any, contract: ModelSpec) -> bytes:
+def ask_and_word(protocol: WireProtocol, body: bytes, headers: Any, contract: ModelSpec) -> bytes:
     try:
-        read(body, headers, contract)
+        protocol.read(body, headers, contract)
     except EXPECTED as error:
-        return protocols.darwin_failure(error, ()).body + protocols.mlflow_failure(error).body
+        return darwin.render_error(error, ()).body + mlflow_scoring.render_error(error).body
     return b""
 
 
@@ -367,7 +365,7 @@ def test_lengths_of_binary_data_have_to_be_true(values: list[bytes], size_off: i
     head = json.dumps({"inputs": [tensor]}).encode()
     headers = {open_inference.LENGTH.lower().encode(): b"%d" % (len(head) + length_off)}
     try:
-        rows = open_inference.read_infer(head + data, headers, CONTRACTS["one"]).rows
+        rows = open_inference.read(head + data, headers, CONTRACTS["one"]).rows
     except BadRequest:
         assert size_off or length_off or not all(map(_is_text, values))
     else:
@@ -388,6 +386,6 @@ def _is_text(value: bytes) -> bool:
 def test_valid_requests_are_taken(name: str) -> None:
     """Or the properties above would be of nothing."""
     for kind, body in requests(name).items():
-        assert JSON_READERS[kind](json.dumps(body).encode(), {}, CONTRACTS[name]).rows.count >= 1
+        assert JSON_PROTOCOLS[kind].read(json.dumps(body).encode(), {}, CONTRACTS[name]).rows.count >= 1
     if name not in ("tensors", "hinted"):
-        assert protocols.read_invocations(table(name), CSV, CONTRACTS[name]).rows.count == 2
+        assert mlflow_scoring.read(table(name), CSV, CONTRACTS[name]).rows.count == 2

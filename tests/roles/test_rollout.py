@@ -23,7 +23,7 @@ import uvicorn
 import uvloop
 import yaml
 
-from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.http import server as server_module
 from darwin_runtime.http.app import make_app
 from darwin_runtime.http.service import Service

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import requests
 
-from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.errors import ConfigError
 from darwin_runtime.http.app import make_app
 from darwin_runtime.http.service import Service

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from darwin_runtime.engine.batching import PredictionRequest
 from darwin_runtime.errors import (
     BadRequest,
     EncodingError,
@@ -35,8 +34,8 @@ from darwin_runtime.errors import (
 )
 from darwin_runtime.http.settings import default_limits
 from darwin_runtime.protocols import base as protocols
-from darwin_runtime.protocols import feature_store, open_inference
-from darwin_runtime.protocols.base import Headers
+from darwin_runtime.protocols import darwin, feature_store, kserve_v1, mlflow_scoring, open_inference, v2_tensors
+from darwin_runtime.protocols.base import Headers, Request, WireProtocol
 from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
 from darwin_runtime.schema.params import ParamSchema
 from tests.support.tensors import binary
@@ -154,7 +153,7 @@ def table(name: str) -> bytes:
     return text.getvalue().encode()
 
 
-def answered(request: PredictionRequest) -> None:
+def answered(request: Request, protocol: WireProtocol) -> None:
     """Do with `request` what is done with each: show it to a model, put it with others, write an answer to it."""
     rows = request.rows
     assert rows.count >= 1
@@ -163,19 +162,17 @@ def answered(request: PredictionRequest) -> None:
     hash(rows.batch_key)
     repr(sorted(request.params.items()))
     try:
-        request.write(np.zeros((rows.count, 2)) if request.method else np.zeros(rows.count))
+        output = np.zeros((rows.count, 2)) if request.method else np.zeros(rows.count)
+        protocol.write(output, request)
     except EncodingError as error:
         raise AssertionError("zeros can be written") from error
 
 
-Read = Callable[[bytes, Headers, ModelSpec], PredictionRequest]
-
-
-def ask(read: Read, body: bytes, headers: Headers, contract: ModelSpec) -> PredictionRequest | None:
-    """What `read` makes of it, used as it will be; None if that raised one of the exceptions that are expected."""
+def ask(protocol: WireProtocol, body: bytes, headers: Headers, contract: ModelSpec, **more: Any) -> Request | None:
+    """What `protocol` reads in it, used as it will be; None if that raised one of the exceptions that are expected."""
     try:
-        request = read(body, headers, contract)
-        answered(request)
+        request = protocols.read_request(protocol, body, headers, contract, **more)
+        answered(request, protocol)
     except EXPECTED:
         return None
     return request
@@ -185,15 +182,15 @@ def _contract(choice: int) -> ModelSpec:
     return CONTRACTS[NAMES[choice % len(NAMES)]]
 
 
-def _chosen(read: Read, headers: Headers, data: bytes) -> None:
+def _chosen(protocol: WireProtocol, headers: Headers, data: bytes) -> None:
     if data:
-        ask(read, data[1:], headers, _contract(data[0]))
+        ask(protocol, data[1:], headers, _contract(data[0]))
 
 
 def _binary(data: bytes) -> None:
     if len(data) > 3:
         length = b"%d" % int.from_bytes(data[1:3], "little")
-        ask(open_inference.read_infer, data[3:], {open_inference.LENGTH.lower().encode(): length}, _contract(data[0]))
+        ask(open_inference, data[3:], {open_inference.LENGTH.lower().encode(): length}, _contract(data[0]))
 
 
 def _encoded(data: bytes) -> None:
@@ -209,8 +206,8 @@ def _headers(data: bytes) -> None:
     content_type, _, accept = data.partition(b"\n")
     body = b'{"inputs": [[1, 2, 3]]}'
     headers = {b"content-type": content_type, b"accept": accept, b"inference-header-content-length": accept}
-    for read in (protocols.read_invocations, protocols.read_v1, open_inference.read_infer):
-        ask(read, body, headers, CONTRACTS["doubles"])
+    for protocol in (mlflow_scoring, kserve_v1, open_inference):
+        ask(protocol, body, headers, CONTRACTS["doubles"])
 
 
 class _Store(feature_store.FeatureStore):
@@ -232,7 +229,7 @@ def _features(data: bytes) -> None:
         return
     lookup = partial(store.features, trace={})
     try:
-        ask(partial(protocols.read_predict, lookup=lookup), json.dumps(body).encode(), {}, CONTRACTS["doubles"])
+        ask(darwin, json.dumps(body).encode(), {}, CONTRACTS["doubles"], lookup=lookup)
     finally:
         store.close()
 
@@ -310,12 +307,12 @@ PARQUET = {b"content-type": protocols.PARQUET.encode()}
 
 TARGETS = {
     "v2-binary": Target(_binary, _binary_seeds),
-    "v2-json": Target(partial(_chosen, open_inference.read_infer, {}), partial(_json_seeds, "v2")),
-    "predict": Target(partial(_chosen, protocols.read_predict, {}), partial(_json_seeds, "predict")),
-    "invocations": Target(partial(_chosen, protocols.read_invocations, {}), _invocations_seeds),
-    "v1": Target(partial(_chosen, protocols.read_v1, {}), partial(_json_seeds, "v1")),
-    "csv": Target(partial(_chosen, protocols.read_invocations, CSV), _csv_seeds),
-    "parquet": Target(partial(_chosen, protocols.read_invocations, PARQUET), _parquet_seeds),
+    "v2-json": Target(partial(_chosen, open_inference, {}), partial(_json_seeds, "v2")),
+    "predict": Target(partial(_chosen, darwin, {}), partial(_json_seeds, "predict")),
+    "invocations": Target(partial(_chosen, mlflow_scoring, {}), _invocations_seeds),
+    "v1": Target(partial(_chosen, kserve_v1, {}), partial(_json_seeds, "v1")),
+    "csv": Target(partial(_chosen, mlflow_scoring, CSV), _csv_seeds),
+    "parquet": Target(partial(_chosen, mlflow_scoring, PARQUET), _parquet_seeds),
     "encoded": Target(_encoded, _encoded_seeds),
     "headers": Target(_headers, _header_seeds),
     "features": Target(_features, _feature_seeds),
@@ -334,7 +331,7 @@ TOKENS = (
     *("features", "params", "parameters", "feature_group", "ofs_keys", "predict_method", "predict_proba"),
     *("dataframe_split", "dataframe_records", "instances", "inputs", "columns", "index", "data", "messages", "stream"),
     *("name", "shape", "datatype", "outputs", "id", "binary_data_size", "binary_data", "binary_data_output"),
-    *(*open_inference.NUMBERS, open_inference.BYTES, "factor", "since", "weights", "item", "note", "image", "weight"),
+    *(*v2_tensors.NUMBERS, v2_tensors.BYTES, "factor", "since", "weights", "item", "note", "image", "weight"),
     *("null", "true", "false", "NaN", "Infinity", "-0", "-0.0", "1e400", "1e-400", "1e308", "9223372036854775808"),
     *("18446744073709551616", "123456789012345678901234567890", "4611686018427387904", "-1", "0.1", "1.0"),
     *("2024-02-29", "2024-02-29T23:59:60Z", "2262-04-12", "0000-00-00", "AA==", "\\ud800", "\\u0000", "\ufeff"),

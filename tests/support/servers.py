@@ -17,7 +17,7 @@ from typing import Any
 import requests
 import uvicorn
 
-from darwin_runtime.engine.batching import BatchLimits
+from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.http.app import make_app
 from darwin_runtime.http.service import Service
 from darwin_runtime.model.load import load_model

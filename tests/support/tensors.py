@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from darwin_runtime.protocols.open_inference import COLUMNS, LENGTH, NUMBERS
+from darwin_runtime.protocols.open_inference import COLUMNS, LENGTH
+from darwin_runtime.protocols.v2_tensors import NUMBERS
 
 
 def column_tensors(specs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

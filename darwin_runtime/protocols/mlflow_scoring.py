@@ -1,0 +1,120 @@
+"""The protocol of MLflow's scoring server: `/invocations`. Pure functions.
+
+Source: MLflow 3.17, mlflow.pyfunc.scoring_server
+(https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/#inference-server-specification). The module's name
+is not `mlflow`, so that an import can't mean the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from darwin_runtime.errors import BadRequest, InvalidInput, UnsupportedMediaType, as_request_error
+from darwin_runtime.protocols.base import (
+    CSV,
+    JSON,
+    PARQUET,
+    TENSORS,
+    TEXT,
+    Headers,
+    Reply,
+    Request,
+    media_type_of,
+    parse_params,
+    preferred_form,
+    read_object,
+    reply,
+    write_csv,
+)
+from darwin_runtime.protocols.encoding import dump
+from darwin_runtime.protocols.parquet import read_parquet
+from darwin_runtime.schema.checks import MAX_NESTING, nested_too_deep
+from darwin_runtime.schema.model_spec import InputSchema, ModelSpec
+from darwin_runtime.schema.rows import Rows
+
+SHAPES = ("dataframe_split", "dataframe_records", *TENSORS)
+
+# Where MLflow sees one of these beside the rest, the body is the model's own business.
+CHAT = ("messages", "prompt", "input")
+
+# The form of an answer with nothing around it, which chat models give.
+UNWRAPPED = "unwrapped"
+
+
+def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = True) -> Request:
+    """JSON with one of the four shapes or with what chat models take, CSV, or Parquet."""
+    kind = media_type_of(headers.get(b"content-type", b""), (JSON, CSV, PARQUET))
+    if kind != JSON:
+        rows = read_parquet(body, contract.input_schema) if kind == PARQUET else _csv(body, contract.input_schema)
+        return Request(rows, {}, contract, "", preferred_form(headers))
+    given = read_object(body, exact=exact)
+    shapes = [key for key in SHAPES if key in given]
+    if not shapes and any(key in given for key in CHAT):
+        return _chat(given, contract)
+    if len(shapes) != 1:
+        named = ", ".join(map(repr, list(given)[:20]))[:200] or "nothing"
+        raise BadRequest(f"the body must have exactly one of {', '.join(SHAPES)} (given: {named})")
+    value = given[shapes[0]]
+    if shapes[0] == "dataframe_split":
+        rows = _split(value, contract.input_schema)
+    else:
+        schema = contract.input_schema
+        rows = schema.records(value) if shapes[0] == "dataframe_records" else schema.instances(value)
+    params, method = parse_params(given.get("params"), contract)
+    return Request(rows, params, contract, method, preferred_form(headers))
+
+
+def _csv(body: bytes, plan: InputSchema) -> Rows:
+    try:
+        return plan.csv(body)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: {error}") from None
+
+
+def _split(value: Any, plan: InputSchema) -> Rows:
+    if not isinstance(value, dict) or "data" not in value:
+        raise BadRequest("dataframe_split must be an object with data and, usually, columns")
+    unknown = value.keys() - {"columns", "index", "data"}
+    if unknown:
+        shown = ", ".join(sorted(unknown)[:20])[:200]
+        raise BadRequest(f"dataframe_split has only columns, index and data, not {shown}")
+    return plan.split(value.get("columns"), value["data"], value.get("index"))
+
+
+def _chat(given: dict[str, Any], contract: ModelSpec) -> Request:
+    """The body goes to the model as it is, but for what the signature calls params."""
+    declared = {spec["name"] for spec in contract.params.specs}
+    params = contract.params.parse({key: value for key, value in given.items() if key in declared})
+    rest = {key: value for key, value in given.items() if key not in declared}
+    if nested_too_deep(rest):
+        raise BadRequest(f"the body is nested more than {MAX_NESTING} deep")
+    stream = given.get("stream") is True
+    if stream and not contract.streams:
+        raise BadRequest("this model cannot answer piece by piece: leave out stream")
+    rows = Rows(rest, 1, unvalidated=True, passthrough=True)
+    return Request(rows, params, contract, form=UNWRAPPED, stream=stream)
+
+
+def write(output: Any, request: Request) -> Reply:
+    """`{"predictions": ...}`, CSV, or the bare answer of a chat model. Raises `EncodingError`."""
+    if request.form == JSON:
+        return write_predictions(output)
+    return Reply(200, dump(output)) if request.form == UNWRAPPED else write_csv(output, request)
+
+
+def write_predictions(output: Any) -> Reply:
+    """`{"predictions": ...}`; a Series becomes records, like a DataFrame. Raises `EncodingError`."""
+    return Reply(200, dump({"predictions": output.to_frame() if isinstance(output, pd.Series) else output}))
+
+
+def render_error(error: Exception) -> Reply:
+    """The answer to a request that failed with `error`."""
+    known = as_request_error(error)
+    if isinstance(known, UnsupportedMediaType):
+        return Reply(known.status, str(known).encode(), TEXT)
+    kind = (
+        "Invalid input: " if isinstance(known, InvalidInput) else "Prediction failed: " if known.status == 500 else ""
+    )
+    return reply(known.status, {"error_code": known.code, "message": f"{kind}{known}"}, known.headers)
