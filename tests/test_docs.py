@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,9 @@ from tests.support.settings import read_by
 
 README = (ROOT / "README.md").read_text()
 MODULES = sorted((*ROOT.glob("*.py"), *ROOT.glob("darwin_runtime/**/*.py")))
+
+DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+PAGES = sorted(ROOT.glob("docs/architecture/*.md"))
 
 SECTIONS = {"main": "Main container", "init": "Init container", "cleanup": "Cache CronJob", "every": "Every role"}
 
@@ -86,16 +90,69 @@ def test_figures_are_those_of_the_benchmark() -> None:
     assert [figure for figure in told if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d.,]*\d)", results)] == []
 
 
-def test_links_lead_somewhere() -> None:
-    for path in ROOT.glob("*.md"):
-        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
-            assert (ROOT / link).exists(), f"{path.name}: {link}"
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path) -> list[str]:
+    broken = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", path.read_text()):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if link.startswith("/") or not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken_links(path) == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["there.md", "here.md#a-heading", "#a-heading", "#a-b", "gone.md", "here.md#gone", "#gone", "#code", "/here.md"],
+)
+def test_a_broken_link_is_found(link: str, tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("")
+    page = tmp_path / "here.md"
+    page.write_text(f"# A heading\n\n## `a`, b\n\n```sh\n# code\n```\n\n[a link]({link})\n")
+    assert bool(broken_links(page)) == (link in ("gone.md", "here.md#gone", "#gone", "#code", "/here.md"))
+
+
+def listed_modules() -> list[str]:
+    """The modules that the page of each room lists; a name with a slash at its end lists a folder."""
+    listed = []
+    for page in PAGES:
+        room = "" if page.stem == "roles" else f"darwin_runtime/{page.stem}/"
+        listed += [room + name for name in re.findall(r"^- `([\w/]+(?:\.py|/))`: ", page.read_text(), re.MULTILINE)]
+    return listed
 
 
 def test_every_module_has_its_place_in_the_house() -> None:
-    told = re.findall(r"^\| `([\w/]+\.py)` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    listed = listed_modules()
     modules = [str(path.relative_to(ROOT)) for path in MODULES if path.name != "__init__.py"]
-    assert sorted(told) == sorted(modules)
+    folders = tuple(name for name in listed if name.endswith("/"))
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    assert sorted(name for name in listed if not name.endswith("/")) == sorted(
+        module for module in modules if not module.startswith(folders)
+    )
+
+
+def test_the_architecture_names_modules_that_a_page_lists() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    named = {name.removeprefix("darwin_runtime/") for name in re.findall(r"`([\w/]+/\w+\.py)`", text)}
+    assert len(named) > 15
+    assert named - {name.removeprefix("darwin_runtime/") for name in listed_modules()} == {"tests/test_house.py"}
+
+
+def test_every_room_has_a_page_that_the_architecture_links() -> None:
+    rooms = {path.parent.name for path in ROOT.glob("darwin_runtime/*/__init__.py")}
+    assert {page.stem for page in PAGES} == rooms | {"roles"}
+    linked = re.findall(r"\]\(docs/architecture/(\w+)\.md", (ROOT / "ARCHITECTURE.md").read_text())
+    assert set(linked) == {page.stem for page in PAGES}
 
 
 def test_every_module_says_what_it_is_for() -> None:
@@ -114,7 +171,7 @@ def test_each_runtime_dependency_is_argued_for() -> None:
 
 def test_make_targets_in_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for path in ROOT.glob("*.md"):
+    for path in DOCUMENTS:
         asked = set(re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(), re.MULTILINE))
         assert asked <= targets, f"{path.name}: {asked - targets}"
 
@@ -146,10 +203,11 @@ def test_make_says_what_can_be_made() -> None:
     ]
 
 
-def test_tests_that_the_security_policy_names_exist() -> None:
-    named = re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", (ROOT / "SECURITY.md").read_text())
-    assert len(named) > 50
+@pytest.mark.parametrize("path", [ROOT / "SECURITY.md", *PAGES], ids=lambda path: path.name)
+def test_tests_that_a_document_names_exist(path: Path) -> None:
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", path.read_text())
+    assert len(named) > (50 if path.name == "SECURITY.md" else 2)
     for file, name in named:
-        [path] = (ROOT / "tests").rglob(file)
-        text = path.read_text()
+        [found] = (ROOT / "tests").rglob(file)
+        text = found.read_text()
         assert not name or f"\ndef {name}(" in text, f"{file}::{name}"
