@@ -63,14 +63,14 @@ from darwin_runtime.http.server import Server, allow_files, listening, run
 from darwin_runtime.http.settings import Settings
 from darwin_runtime.resources import cpu_limit, keep_freed_buffers, share_cpus
 from darwin_runtime.role import log_settings, run_role
-from darwin_runtime.settings import Reader
-from darwin_runtime.storage import artifacts
+from darwin_runtime.storage import disk
 from darwin_runtime.storage.fetch import fetch_model
 
 if TYPE_CHECKING:
     # numpy reads the number of threads at import, and that is set first. So functions import this, the factory and the
     # self-test at run time.
     from darwin_runtime.model.model import Model
+    from darwin_runtime.settings import Reader
 
 # What a process needs, beyond answering its last request and draining, to end.
 SPARE_SECONDS = 5.0
@@ -192,7 +192,7 @@ def serve(read: Reader) -> None:
     share_cpus(settings.workers, cpu_limit(), os.environ)
     # Those in the middle of a TLS handshake are not counted yet.
     allow_files((4 if settings.tls else 2) * settings.limits.connection.max_connections)
-    downloaded = contextlib.nullcontext(Path()) if settings.model_path else artifacts.scratch()
+    downloaded = contextlib.nullcontext(Path()) if settings.model_path else disk.scratch()
     with downloaded as directory:
         (serve_alone if settings.workers == 1 else serve_together)(settings, directory)
     logger.info("stopped")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from darwin_runtime.http import openapi as openapi_module
 from darwin_runtime.http.auth import AuthPolicy
@@ -21,9 +21,11 @@ from darwin_runtime.protocols import darwin, open_inference
 from darwin_runtime.protocols.base import Reply
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.schema.model_spec import ModelSpec
-from darwin_runtime.schema.rows import Rows
 from darwin_runtime.schema.signature import Spec, describe
 from darwin_runtime.schema.tabular import TabularSchema, TypeHintSchema
+
+if TYPE_CHECKING:
+    from darwin_runtime.schema.rows import Rows
 
 PAGE = Path(__file__).with_name("page.html")
 

@@ -6,11 +6,8 @@ knows works here.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import socket
-import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,25 +134,10 @@ def walk(uri: str, store: Store, listing: Sequence[tuple[str, int | None]]) -> I
         waiting += directories
 
 
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A directory that goes again at the end of the block. Raises `RoleError` where there is no place for one."""
-    try:
-        made = tempfile.TemporaryDirectory(prefix="darwin-", ignore_cleanup_errors=True)
-    except FileNotFoundError as error:  # found by trying to write a file in each place
-        place = os.environ.get("TMPDIR", "/tmp")  # noqa: S108  # it is only named
-        raise RoleError(
-            f"no place for temporary files: {place} cannot be written to, or is full; "
-            "mount an emptyDir with free space there"
-        ) from error
-    with made:
-        yield Path(made.name)
-
-
 def digest_of_model_file(uri: str, store: Store) -> str:
     answer = store.open(MODEL_FILE, 0)
     if answer is None:
-        with scratch() as directory:
+        with disk.scratch() as directory:
             store.download(MODEL_FILE, str(directory / MODEL_FILE))
             return manifest.digest(directory / MODEL_FILE)
     sha, size = hashlib.sha256(), 0

@@ -10,12 +10,13 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from darwin_runtime.errors import FileChanged, NotRegularFile
+from darwin_runtime.errors import FileChanged, NotRegularFile, RoleError
 
 # What an `OSError` of a full volume, or of a used-up quota, is numbered.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -210,3 +211,18 @@ def explain(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{error}: user {os.getuid()} may not; set fsGroup, or the volume's owner"
     return str(error)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory that goes again at the end of the block. Raises `RoleError` where there is no place for one."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="darwin-", ignore_cleanup_errors=True)
+    except FileNotFoundError as error:  # found by trying to write a file in each place
+        place = os.environ.get("TMPDIR", "/tmp")  # noqa: S108  # it is only named
+        raise RoleError(
+            f"no place for temporary files: {place} cannot be written to, or is full; "
+            "mount an emptyDir with free space there"
+        ) from error
+    with made:
+        yield Path(made.name)
