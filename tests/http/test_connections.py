@@ -19,6 +19,7 @@ from tests.conftest import wait_until
 from tests.http.test_protocol import BODIES, shape
 from tests.support.models import IRIS, model_path
 from tests.support.servers import Served, serving
+from tests.support.wire import Wire
 
 BODY = json.dumps({"features": IRIS}).encode()
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -37,41 +38,9 @@ def role() -> Iterator[Served]:
         assert "Traceback" not in served.log
 
 
-class Wire:
-    """A connection of which each byte is ours."""
-
-    def __init__(self, served: Served, receive_buffer: int = 0) -> None:
-        host, port = served.url.removeprefix("http://").split(":")
-        self.socket = socket.socket()
-        if receive_buffer:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(60)
-        self.socket.connect((host, int(port)))
-
-    def send(self, *parts: bytes) -> None:
-        for part in parts:
-            self.socket.sendall(part)
-
-    def rest(self) -> bytes:
-        """All that comes until the other end closes."""
-        got = b""
-        with contextlib.suppress(ConnectionResetError):
-            while part := self.socket.recv(65536):
-                got += part
-        return got
-
-    def until(self, end: bytes) -> bytes:
-        got = b""
-        while end not in got:
-            part = self.socket.recv(65536)
-            assert part, got
-            got += part
-        return got
-
-
 @pytest.fixture
 def wire(role: Served) -> Iterator[Wire]:
-    wire = Wire(role)
+    wire = Wire(role.url)
     with wire.socket:
         yield wire
 
@@ -141,7 +110,7 @@ def test_what_arrives_at_the_same_time_is_bounded() -> None:
         contextlib.ExitStack() as held,
     ):
         body = BODY + b" " * (MAX_BODY - len(BODY))
-        unfinished = [Wire(served) for _ in range(3)]
+        unfinished = [Wire(served.url) for _ in range(3)]
         for wire in unfinished:
             held.enter_context(wire.socket)
             wire.send(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % MAX_BODY, body[:-1])
@@ -239,7 +208,7 @@ def test_a_byte_now_and_then_does_not_keep_a_connection(wire: Wire) -> None:
 
 def test_a_connection_between_requests_has_its_own_time(role: Served) -> None:
     with serving(model_path("iris"), WORKERS=1, KEEP_ALIVE_SECONDS=3, RECEIVE_TIMEOUT_SECONDS=0.1) as served:
-        wire = Wire(served)
+        wire = Wire(served.url)
         with wire.socket:
             wire.send(GOOD)
             wire.until(b"}")
@@ -269,7 +238,7 @@ def was_reset(wire: Wire) -> bool:
 @pytest.mark.parametrize("more", [b"", b"GET /li"])
 def test_an_answer_that_nobody_reads(more: bytes) -> None:
     with serving(model_path("iris"), WORKERS=1, SEND_TIMEOUT_SECONDS=1, RECEIVE_TIMEOUT_SECONDS=1) as served:
-        deaf = [Wire(served, receive_buffer=4096) for _ in range(5)]
+        deaf = [Wire(served.url, receive_buffer=4096) for _ in range(5)]
         for wire in deaf:
             wire.send(ASK_LARGE + more)
         for wire in deaf:
@@ -282,7 +251,7 @@ def test_an_answer_that_nobody_reads(more: bytes) -> None:
 
 def test_who_reads_slowly_gets_all_of_a_large_answer() -> None:
     with serving(model_path("iris"), WORKERS=1, SEND_TIMEOUT_SECONDS=5, KEEP_ALIVE_SECONDS=0.1) as served:
-        slow, usual = Wire(served, receive_buffer=4096), Wire(served)
+        slow, usual = Wire(served.url, receive_buffer=4096), Wire(served.url)
         for wire in (slow, usual):
             wire.send(LARGE_HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(LARGE), LARGE))
         _head, _, expected = usual.rest().partition(b"\r\n\r\n")
@@ -299,7 +268,7 @@ def test_who_has_something_to_read_does_not_make_room() -> None:
         deaf = []
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # there are too many
             for _ in range(20):
-                deaf.append(Wire(served, receive_buffer=4096))
+                deaf.append(Wire(served.url, receive_buffer=4096))
                 deaf[-1].send(ASK_LARGE)
         assert len(list(files.iterdir())) - before <= 2 * 4 + 1
         wait_until(lambda: len(list(files.iterdir())) <= before, "the end of all")
@@ -309,7 +278,7 @@ def test_who_has_something_to_read_does_not_make_room() -> None:
 
 def test_a_connection_whose_answer_came_first_is_not_kept_for_good() -> None:
     with serving(model_path("iris"), WORKERS=1, KEEP_ALIVE_SECONDS=0.5) as served:
-        wire = Wire(served)
+        wire = Wire(served.url)
         wire.send(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
         wire.until(b"}")
         wire.send(b"late")
@@ -327,7 +296,7 @@ def test_more_connections_than_are_served() -> None:
     ):
         served.post("/predict", {"features": IRIS})
         for _ in range(4):
-            wire = Wire(served)
+            wire = Wire(served.url)
             held.enter_context(wire.socket)
             wire.send(HEAD)  # so that it is not idle
 
@@ -347,7 +316,7 @@ def test_more_connections_than_are_served() -> None:
         assert served.get("/livez").status_code == 200
         assert served.get("/ready").status_code == 200
         assert "darwin_requests_rejected_total 0" not in served.get("/metrics").text
-        more = [Wire(served) for _ in range(12)]
+        more = [Wire(served.url) for _ in range(12)]
         wait_until(lambda: any(_is_closed(wire.socket) for wire in more), "the end of some")
         for wire in more:
             wire.socket.close()
@@ -367,7 +336,7 @@ def _is_closed(connection: socket.socket) -> bool:
 
 def test_connections_that_are_idle_make_room() -> None:
     with serving(model_path("iris"), WORKERS=1, MAX_CONNECTIONS=4, KEEP_ALIVE_SECONDS=600) as served:
-        idle = [Wire(served) for _ in range(4)]
+        idle = [Wire(served.url) for _ in range(4)]
         for wire in idle:
             wire.send(GOOD)
             wire.until(b"}")

@@ -10,94 +10,23 @@ import contextlib
 import gzip
 import json
 import re
-import select
-import socket
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.support.models import IRIS, NESTED_ROW, model_path
 from tests.support.servers import Served, serving
+from tests.support.wire import Answer, Wire
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
 
-DEADLINE = 30.0
-
-# What an answer may have at its top, and no more.
-HEADERS = {
-    *("date", "content-type", "content-length", "connection", "x-request-id", "traceparent", "allow", "retry-after"),
-    *("inference-header-content-length", "x-content-type-options", "cache-control", "transfer-encoding"),
-}
 
 GOOD = json.dumps({"features": IRIS}).encode()
 VERSION = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-class Answer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-class Wire:
-    """One connection."""
-
-    def __init__(self, url: str) -> None:
-        host, _, port = url.removeprefix("http://").partition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=DEADLINE)
-        self.buffer = b""
-
-    def __enter__(self) -> Wire:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def send(self, *segments: bytes) -> None:
-        """Each segment once the server has read the one before: it has said something, or has nothing to say."""
-        for index, segment in enumerate(segments):
-            if index:
-                select.select([self.socket], [], [], 0.5)
-            with contextlib.suppress(OSError):  # it may have heard enough
-                self.socket.sendall(segment)
-
-    def _more(self) -> bool:
-        try:
-            data = self.socket.recv(65536)
-        except ConnectionResetError:
-            data = b""
-        self.buffer += data
-        return bool(data)
-
-    def answer(self) -> Answer | None:
-        """The next; None once the server has closed the connection."""
-        while b"\r\n\r\n" not in self.buffer:
-            if not self._more():
-                assert not self.buffer, self.buffer[:1000]
-                return None
-        head, _, rest = self.buffer.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        assert re.fullmatch(r"HTTP/1\.1 \d{3} [\w -]*", first), first
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        assert headers.keys() <= HEADERS, head
-        length = int(headers.get("content-length", 0))
-        self.buffer = rest
-        while len(self.buffer) < length:
-            assert self._more(), "an answer was cut short"
-        body, self.buffer = self.buffer[:length], self.buffer[length:]
-        return Answer(int(first.split()[1]), headers, body)
-
-    def answers(self) -> list[int]:
-        """The statuses of all that come until the server closes the connection."""
-        found = []
-        while answer := self.answer():
-            found.append(answer.status)
-        return found
 
 
 def post(head: bytes = b"", body: bytes = GOOD, path: bytes = b"/predict", *, length: bool = True) -> bytes:
@@ -139,7 +68,7 @@ def unharmed(served: Served, most: int = 100 * 1024 * 1024) -> Iterator[None]:
     before = forget_peak(served)
     yield
     with Wire(served.url) as wire:
-        wire.send(VERSION)
+        wire.send_apart(VERSION)
         answer = wire.answer()
         assert answer
         assert answer.status == 200
@@ -250,7 +179,7 @@ AMBIGUOUS = {
 def test_what_is_no_request_is_refused_and_ends_the_connection(server: Callable[[str], Served], what: str) -> None:
     served = server("iris")
     with unharmed(served), Wire(served.url) as wire:
-        wire.send(AMBIGUOUS[what] + VERSION)
+        wire.send_apart(AMBIGUOUS[what] + VERSION)
         assert wire.answers() in ([400], [])
 
 
@@ -258,7 +187,7 @@ def test_what_is_no_request_is_refused_and_ends_the_connection(server: Callable[
 def test_nothing_that_comes_later_is_taken_for_a_request(server: Callable[[str], Served], what: str) -> None:
     served = server("iris")
     with Wire(served.url) as wire:
-        wire.send(AMBIGUOUS[what], VERSION)
+        wire.send_apart(AMBIGUOUS[what], VERSION)
         assert wire.answers() in ([400], [])
 
 
@@ -321,13 +250,13 @@ def test_each_request_has_one_answer(server: Callable[[str], Served], what: str)
     served = server("iris")
     raw, statuses = CLEAR[what]
     with unharmed(served), Wire(served.url) as wire:
-        wire.send(raw)
+        wire.send_apart(raw)
         for status in statuses:
             answer = wire.answer()
             assert (answer and answer.status) == status
         if statuses[-1] is not None:
             # What follows is answered next: nothing else was taken for a request.
-            wire.send(get(b"/version", b"X-Request-ID: the-next\r\n"))
+            wire.send_apart(get(b"/version", b"X-Request-ID: the-next\r\n"))
             answer = wire.answer()
             assert answer
             assert (answer.status, answer.headers["x-request-id"]) == (200, "the-next")
@@ -344,7 +273,7 @@ OFFERS = {
 def test_another_protocol_is_declined(server: Callable[[str], Served], offer: str) -> None:
     served = server("iris")
     with unharmed(served), Wire(served.url) as wire:
-        wire.send(get(b"/version", OFFERS[offer]))
+        wire.send_apart(get(b"/version", OFFERS[offer]))
         answer = wire.answer()
         assert answer
         assert answer.status == 200
@@ -363,9 +292,9 @@ def test_a_body_is_a_body_also_where_another_protocol_is_offered(
         ):
             head, _, rest = whole.partition(b"\r\n\r\n")
             with unharmed(served), Wire(served.url) as wire:
-                wire.send(*([head + b"\r\n\r\n", rest] if apart else [whole]))
+                wire.send_apart(*([head + b"\r\n\r\n", rest] if apart else [whole]))
                 first = wire.answer()
-                wire.send(get(b"/version", b"X-Request-ID: the-next\r\n"))
+                wire.send_apart(get(b"/version", b"X-Request-ID: the-next\r\n"))
                 second = wire.answer()
                 assert first
                 assert second
@@ -376,7 +305,7 @@ def test_what_follows_a_proxy_s_verb_is_no_request(server: Callable[[str], Serve
     served = server("iris")
     for target in (b"/predict", b"x:80"):
         with Wire(served.url) as wire:
-            wire.send(get(target, b"Content-Length: %d\r\n" % len(VERSION), verb=b"CONNECT"), VERSION)
+            wire.send_apart(get(target, b"Content-Length: %d\r\n" % len(VERSION), verb=b"CONNECT"), VERSION)
             assert wire.answers() in ([400], [405], [])
 
 
@@ -384,7 +313,7 @@ def test_trailers_are_no_headers(server: Callable[[str], Served]) -> None:
     served = server("iris")
     trailer = b"X-Request-ID: trailed\r\nContent-Encoding: gzip\r\nAccept: text/csv\r\nExpect: 100-continue\r\n"
     with Wire(served.url) as wire:
-        wire.send(chunked(b"%x\r\n%b\r\n0\r\n%b\r\n" % (SIZE, GOOD, trailer)))
+        wire.send_apart(chunked(b"%x\r\n%b\r\n0\r\n%b\r\n" % (SIZE, GOOD, trailer)))
         answer = wire.answer()
         assert answer
         assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
@@ -417,7 +346,7 @@ def test_chunks_may_be_small(server: Callable[[str], Served]) -> None:
     body = GOOD + b" " * 100_000
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\nA: b\r\n\r\n"
     with Wire(server("iris").url) as wire:
-        wire.send(chunked(chunks) + VERSION)
+        wire.send_apart(chunked(chunks) + VERSION)
         answers = [wire.answer(), wire.answer()]
         assert [answer and answer.status for answer in answers] == [200, 200]
 
@@ -522,7 +451,7 @@ KINDS = {
 
 def exchange(served: Served, path: str, body: bytes, head: bytes = b"") -> Answer:
     with Wire(served.url) as wire:
-        wire.send(post(head, body, path.encode()))
+        wire.send_apart(post(head, body, path.encode()))
         answer = wire.answer()
         assert answer
         return answer
@@ -729,7 +658,7 @@ def test_log_lines_are_ours(style: str) -> None:
     with serving(model_path("iris"), WORKERS=1, LOG_FORMAT=style) as served:
         for raw in FORGED.values():
             with Wire(served.url) as wire:
-                wire.send(raw)
+                wire.send_apart(raw)
                 assert wire.answer()
     lines = served.log.split("\n")
     assert lines.pop() == ""

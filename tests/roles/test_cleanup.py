@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import subprocess
@@ -18,13 +17,12 @@ import cleanup
 from cleanup import GIB, Decision, Settings
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import cache as cache_module
-from darwin_runtime.storage import locks, references
+from darwin_runtime.storage import references
 from darwin_runtime.storage.cache import DAY, Cache, Entry
-from darwin_runtime.storage.manifest import File, Manifest
 from darwin_runtime.storage.usage import InUse
 from tests.conftest import ROOT, Finished, clean_environ, http_server, program
 from tests.storage.test_usage import CACHE
-from tests.support import apiserver, prepared
+from tests.support import apiserver, prepared, storage
 from tests.support.apiserver import ApiServer, pod
 
 A, B, C, D = (letter * 64 for letter in "abcd")
@@ -90,13 +88,8 @@ def test_every_decision_says_why() -> None:
 
 
 def publish(cache: Cache, key: str, days: float = 0, size: int = 1000) -> None:
-    content = b"x" * size
-    staging = locks.stage(cache, key)
-    (staging / "model" / "MLmodel").write_bytes(content)
-    sha = hashlib.sha256(content).hexdigest()
-    locks.publish(cache, staging, key, Manifest(f"models:/{key[0]}/1", {}, [File("MLmodel", size, sha)]))
-    used = time.time() - days * DAY
-    os.utime(cache.root / key / "last_used", (used, used))
+    uri, used = f"models:/{key[0]}/1", time.time() - days * DAY
+    storage.publish(cache, key, b"x" * size, uri=uri, last_used=used)
 
 
 _MAIN = "import os, pathlib, sys; sys.path.insert(0, sys.argv[1]); import cleanup; "

@@ -14,19 +14,9 @@ from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk, locks, references
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
+from tests.support.storage import publish
 
 KEY, OTHER = "a" * 64, "b" * 64
-
-
-def publish(
-    cache: Cache, key: str, content: bytes = b"weights", uri: str = "models:/m/1", verify: str = "size"
-) -> bool:
-    staging = locks.stage(cache, key)
-    (staging / "model" / "MLmodel").write_bytes(content)
-    sha = hashlib.sha256(content).hexdigest()
-    return locks.publish(
-        cache, staging, key, Manifest(uri, {"version": "1"}, [File("MLmodel", len(content), sha)]), verify
-    )
 
 
 def test_published_is_whole(cache: Cache) -> None:

@@ -25,10 +25,11 @@ from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import digest as digest_module
 from darwin_runtime.storage import locks, output
 from darwin_runtime.storage.cache import Cache
-from tests.conftest import ROOT, Finished, Tracking, run_role, wait_until
+from tests.conftest import ROOT, Tracking, run_role, wait_until
 from tests.support.models import BASE, REQUIREMENTS, model_path, save
 from tests.support.registry import log_files
 from tests.support.servers import serving
+from tests.support.storage import download
 
 OTHER = "0" * 64
 
@@ -54,11 +55,6 @@ def iris(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def digest() -> str:
     return shell(model_path("iris"))
-
-
-def download(tmp_path: Path, uri: object, **settings: object) -> Finished:
-    paths = {"OUTPUT_PATH": tmp_path / "models", "CACHE_PATH": tmp_path / "cache"}
-    return run_role("download.py", **{"MODEL_URI": uri, **paths, **settings})
 
 
 def entries(tmp_path: Path) -> list[str]:
@@ -104,13 +100,13 @@ def test_the_digest_is_what_the_shell_says(names: list[str], tmp_path: Path) -> 
     ],
 )
 def test_it_is_the_same_however_the_model_got_there(settings: dict[str, str], digest: str, tmp_path: Path) -> None:
-    done = download(tmp_path, model_path("iris"), REQUIRE_SHA256=digest.upper(), **settings)
+    done = download(tmp_path, MODEL_URI=model_path("iris"), REQUIRE_SHA256=digest.upper(), **settings)
     assert done.code == 0, done.err
     assert f"has sha256 {digest}, which REQUIRE_SHA256 can ask for" in done.last
     assert shell(tmp_path / "models") == digest
     found = find_model(tmp_path / "models")
     assert digest_module.look(found).digest == digest
-    again = download(tmp_path, model_path("iris"), REQUIRE_SHA256=digest, **settings)
+    again = download(tmp_path, MODEL_URI=model_path("iris"), REQUIRE_SHA256=digest, **settings)
     assert again.code == 0, again.err
     assert "0 bytes transferred" in again.err
     assert shell(tmp_path / "models") == digest
@@ -121,7 +117,7 @@ def test_where_a_model_was_registered_does_not_count(open_server: Tracking, tmp_
     uris = [log_files(open_server, f"pinned-{number}", files) for number in range(2)]
     seen = set()
     for number, uri in enumerate(uris):
-        done = download(tmp_path / str(number), uri, **open_server.environ)
+        done = download(tmp_path / str(number), MODEL_URI=uri, **open_server.environ)
         assert done.code == 0, done.err
         assert (tmp_path / str(number) / "models" / "registered_model_meta").is_file()
         seen.add(shell(tmp_path / str(number) / "models"))
@@ -170,7 +166,7 @@ def test_what_is_no_digest_is_a_bad_setting(value: str, script: str) -> None:
 def test_another_model_is_not_given_out(settings: dict[str, str], iris: Path, digest: str, tmp_path: Path) -> None:
     (iris / "model.skops").write_bytes((iris / "model.skops").read_bytes() + b"!")
     seen = shell(iris)
-    done = download(tmp_path, iris, REQUIRE_SHA256=digest, **settings)
+    done = download(tmp_path, MODEL_URI=iris, REQUIRE_SHA256=digest, **settings)
     assert done.code == 1
     assert f"is not the model that REQUIRE_SHA256 asks for: expected {digest}, seen {seen}" in done.last
     assert f"set REQUIRE_SHA256={seen}" in done.last
@@ -183,9 +179,9 @@ def test_another_model_is_not_given_out(settings: dict[str, str], iris: Path, di
 @pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
 def test_a_model_of_before_does_not_stay(strategy: str, iris: Path, tmp_path: Path) -> None:
     """Whatever keeps the required one from coming, what is there is not it."""
-    assert download(tmp_path, iris, STORAGE_STRATEGY=strategy).code == 0
+    assert download(tmp_path, MODEL_URI=iris, STORAGE_STRATEGY=strategy).code == 0
     (tmp_path / "models" / "notes").write_text("of somebody else")
-    done = download(tmp_path, tmp_path / "nothing", STORAGE_STRATEGY=strategy, REQUIRE_SHA256=OTHER)
+    done = download(tmp_path, MODEL_URI=tmp_path / "nothing", STORAGE_STRATEGY=strategy, REQUIRE_SHA256=OTHER)
     assert done.code == 1
     assert os.listdir(tmp_path / "models") == ["notes"]
     assert len(entries(tmp_path)) == 1 if strategy == "pvc" else True, "others may use it"
@@ -195,7 +191,7 @@ def test_a_model_of_before_does_not_stay(strategy: str, iris: Path, tmp_path: Pa
 def test_a_poisoned_entry_is_replaced(honest: bool, digest: str, tmp_path: Path) -> None:
     """Of somebody who can write to the cache: the bytes, and where `honest` the manifest, too."""
     settings = {"STORAGE_STRATEGY": "pvc", "REQUIRE_SHA256": digest}
-    assert download(tmp_path, model_path("iris"), **settings).code == 0
+    assert download(tmp_path, MODEL_URI=model_path("iris"), **settings).code == 0
     [key] = entries(tmp_path)
     entry = tmp_path / "cache" / key
     model = entry / "model" / "model.skops"
@@ -206,7 +202,7 @@ def test_a_poisoned_entry_is_replaced(honest: bool, digest: str, tmp_path: Path)
         for file in manifest["files"]:
             file["sha256"] = hashlib.sha256((entry / "model" / file["path"]).read_bytes()).hexdigest()
         (entry / "manifest.json").write_text(json.dumps(manifest))
-    done = download(tmp_path, model_path("iris"), **settings)
+    done = download(tmp_path, MODEL_URI=model_path("iris"), **settings)
     assert done.code == 0, done.err
     assert model.read_bytes() != poisoned
     assert shell(tmp_path / "models") == digest
@@ -215,7 +211,7 @@ def test_a_poisoned_entry_is_replaced(honest: bool, digest: str, tmp_path: Path)
 
 def test_a_poisoned_download_half_way_is_not_gone_on_with_forever(digest: str, tmp_path: Path) -> None:
     settings = {"STORAGE_STRATEGY": "pvc", "REQUIRE_SHA256": digest}
-    assert download(tmp_path, model_path("iris"), **settings).code == 0
+    assert download(tmp_path, MODEL_URI=model_path("iris"), **settings).code == 0
     [key] = entries(tmp_path)
     cache = Cache(tmp_path / "cache")
     (tmp_path / "cache" / key).rename(tmp_path / "cache" / ".staging" / f"{key}.00")
@@ -224,21 +220,20 @@ def test_a_poisoned_download_half_way_is_not_gone_on_with_forever(digest: str, t
     lock.release(done=False)
     model = tmp_path / "cache" / ".staging" / f"{key}.00" / "model" / "model.skops"
     model.write_bytes(model.read_bytes()[::-1])
-    first = download(tmp_path, model_path("iris"), **settings)
+    first = download(tmp_path, MODEL_URI=model_path("iris"), **settings)
     assert first.code == 1
     assert "REQUIRE_SHA256 asks for" in first.last
     assert entries(tmp_path) == []
-    again = download(tmp_path, model_path("iris"), **settings)
+    again = download(tmp_path, MODEL_URI=model_path("iris"), **settings)
     assert again.code == 0, again.err
 
 
 def test_the_wrong_digest_leaves_others_entry_alone(iris: Path, tmp_path: Path) -> None:
-    assert download(tmp_path, iris, STORAGE_STRATEGY="pvc").code == 0
+    assert download(tmp_path, MODEL_URI=iris, STORAGE_STRATEGY="pvc").code == 0
     [key] = entries(tmp_path)
     inode = (tmp_path / "cache" / key).stat().st_ino
-    done = download(
-        tmp_path / "other", iris, STORAGE_STRATEGY="pvc", CACHE_PATH=tmp_path / "cache", REQUIRE_SHA256=OTHER
-    )
+    settings = {"STORAGE_STRATEGY": "pvc", "CACHE_PATH": tmp_path / "cache", "REQUIRE_SHA256": OTHER}
+    done = download(tmp_path / "other", MODEL_URI=iris, **settings)
     assert done.code == 1
     assert (tmp_path / "cache" / key).stat().st_ino == inode
     assert Cache(tmp_path / "cache").damage(key, "sha256") == []
@@ -282,7 +277,7 @@ def test_of_another_model_no_code_runs(workers: int, tmp_path: Path) -> None:
 
 
 def test_a_manifest_is_not_taken_for_the_bytes(digest: str, tmp_path: Path) -> None:
-    assert download(tmp_path, model_path("iris")).code == 0
+    assert download(tmp_path, MODEL_URI=model_path("iris")).code == 0
     model = tmp_path / "models" / "model.skops"
     model.write_bytes(model.read_bytes()[::-1])
     record = output.read(tmp_path / "models")
@@ -372,7 +367,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Path], None]]:
 def test_a_model_that_changes_while_it_is_loaded_is_not_served(
     deed: Callable[[Path], None], meanwhile: list[Callable[[Path], None]], digest: str, tmp_path: Path
 ) -> None:
-    assert download(tmp_path, model_path("iris"), STORAGE_STRATEGY="pvc").code == 0
+    assert download(tmp_path, MODEL_URI=model_path("iris"), STORAGE_STRATEGY="pvc").code == 0
     load_checked(tmp_path / "models", required=digest)
     meanwhile.append(deed)
     with pytest.raises(RoleError, match="the model was changed while it was loaded"):

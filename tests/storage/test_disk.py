@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -17,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from darwin_runtime.storage import cache as cache_module
-from darwin_runtime.storage import disk, locks
+from darwin_runtime.storage import disk
 from darwin_runtime.storage.cache import Cache
-from darwin_runtime.storage.manifest import File, Manifest
 from tests.conftest import ROOT, Finished, absent, clean_environ, program, run_role
 from tests.roles.test_cleanup import clean
 from tests.storage import test_transfer
 from tests.support.apiserver import ApiServer
+from tests.support.storage import publish
 
 KEY, OTHER = "a" * 64, "b" * 64
 NOBODY = 65534
@@ -89,18 +88,9 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def download(model: Path, cache: Path, output: Path, **settings: object) -> Finished:
+def cached(model: Path, cache: Path, output: Path, **settings: object) -> Finished:
     fixed = {"MODEL_URI": model, "CACHE_PATH": cache, "OUTPUT_PATH": output, "STORAGE_STRATEGY": "pvc"}
     return run_role("download.py", **{**fixed, **settings})
-
-
-def publish(cache: Cache, key: str, size: int) -> None:
-    content = os.urandom(size)
-    staging = locks.stage(cache, key)
-    (cache_module.model_of(staging) / "MLmodel").write_bytes(content)
-    file = File("MLmodel", size, hashlib.sha256(content).hexdigest())
-    locks.publish(cache, staging, key, Manifest("models:/m/1", {}, [file]))
-    os.utime(cache.root / key / "last_used", (0, 0))
 
 
 def fill(volume: Path) -> None:
@@ -121,7 +111,7 @@ def test_a_part_for_which_there_is_no_room_twice_is_begun_anew(tmp_path: Path) -
 @pytest.mark.parametrize("strategy", ["pvc", "emptydir"])
 def test_a_volume_that_fills_up(strategy: str, few_files: Path, model: Path, tmp_path: Path) -> None:
     models = few_files / "models" if strategy == "emptydir" else tmp_path / "models"
-    done = download(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
+    done = cached(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
     assert done.code == 1
     assert "the volume is full" in done.last
     assert "trying again" not in done.err, "which would not make room"
@@ -131,7 +121,7 @@ def test_a_volume_that_fills_up(strategy: str, few_files: Path, model: Path, tmp
         assert not [name for name in os.listdir(cache) if cache_module.is_key(name)]
 
     subprocess.run(["mount", "-o", "remount,nr_inodes=1000", few_files], check=True)
-    done = download(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
+    done = cached(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
     assert done.code == 0, done.err
     assert (models / "file-59").stat().st_size == 1000
 
@@ -139,7 +129,7 @@ def test_a_volume_that_fills_up(strategy: str, few_files: Path, model: Path, tmp
 def test_a_full_volume_can_be_cleaned(small: Path, api: ApiServer) -> None:
     cache = Cache.prepare(small / "cache")
     for key in (KEY, OTHER):
-        publish(cache, key, 1_000_000)
+        publish(cache, key, os.urandom(1_000_000), last_used=0)
     fill(small)
     with pytest.raises(OSError, match="No space left"):
         (small / "cache" / "something").write_bytes(b"x" * 10_000)
@@ -153,9 +143,9 @@ def test_a_full_volume_can_be_cleaned(small: Path, api: ApiServer) -> None:
 @pytest.mark.parametrize("pod", ["first", "second"])
 def test_a_pod_starts_from_a_full_cache(pod: str, small: Path, model: Path, tmp_path: Path) -> None:
     settings = {"DEPLOYMENT_NAME": "web"}
-    assert download(model, small / "cache", tmp_path / "models", POD_NAME="first", **settings).code == 0
+    assert cached(model, small / "cache", tmp_path / "models", POD_NAME="first", **settings).code == 0
     fill(small)
-    done = download(model, small / "cache", tmp_path / "models-2", POD_NAME=pod, **settings)
+    done = cached(model, small / "cache", tmp_path / "models-2", POD_NAME=pod, **settings)
     assert done.code == 0, done.err
     assert "0 bytes transferred" in done.err
     assert pod in {lease.pod for lease in Cache(small / "cache").leases()}
@@ -163,7 +153,7 @@ def test_a_pod_starts_from_a_full_cache(pod: str, small: Path, model: Path, tmp_
 
 def test_a_copy_that_does_not_fit_leaves_nothing(small: Path, model: Path, tmp_path: Path) -> None:
     (model / "large").write_bytes(bytes(9_000_000))
-    done = download(model, tmp_path / "cache", small / "models", LINK_MODE="copy")
+    done = cached(model, tmp_path / "cache", small / "models", LINK_MODE="copy")
     assert done.code == 1
     assert "the volume is full" in done.last
     assert os.listdir(small / "models") == []
@@ -171,7 +161,7 @@ def test_a_copy_that_does_not_fit_leaves_nothing(small: Path, model: Path, tmp_p
 
 def test_what_can_not_be_removed_keeps_nothing_else_from_it(tmp_path: Path, api: ApiServer) -> None:
     cache = Cache.prepare(tmp_path / "cache")
-    publish(cache, KEY, 1000)
+    publish(cache, KEY, os.urandom(1000), last_used=0)
     doomed = cache.root / ".trash" / "0123456789abcdef.doomed"
     doomed.mkdir()
     with mounted(doomed / "busy", "-t", "tmpfs", "tmpfs"):
@@ -185,9 +175,9 @@ def test_what_can_not_be_removed_keeps_nothing_else_from_it(tmp_path: Path, api:
 
 def test_a_read_only_volume_is_told(small: Path, model: Path, api: ApiServer, tmp_path: Path) -> None:
     cache = Cache.prepare(small / "cache")
-    publish(cache, KEY, 1000)
+    publish(cache, KEY, os.urandom(1000), last_used=0)
     with mounted(tmp_path / "read-only", "--bind", "-o", "ro", str(small)) as volume:
-        done = download(model, volume / "cache", tmp_path / "models")
+        done = cached(model, volume / "cache", tmp_path / "models")
         assert done.code == 1
         assert "mounted read-only" in done.last
         cleaned = clean(volume / "cache", api, TTL_DAYS=1)
@@ -213,7 +203,7 @@ def test_a_volume_of_another_user_is_told(tmp_path: Path, model: Path, api: ApiS
     for path in (api.directory, *api.directory.rglob("*")):
         path.chmod(0o755)
     cache = Cache.prepare(tmp_path / "cache")
-    publish(cache, KEY, 1000)
+    publish(cache, KEY, os.urandom(1000), last_used=0)
     (tmp_path / "models").mkdir()
 
     def as_nobody(script: str, **environ: object) -> Finished:
@@ -261,7 +251,7 @@ def test_nothing_outside_is_touched(tmp_path: Path, model: Path, api: ApiServer)
 
     before = seen()
     cache = Cache.prepare(tmp_path / "cache")
-    done = download(model, cache.root, tmp_path / "models")
+    done = cached(model, cache.root, tmp_path / "models")
     assert done.code == 0, done.err
     [key] = [name for name in os.listdir(cache.root) if cache_module.is_key(name)]
     cache.delete_tree(cache.root / key)
@@ -273,12 +263,12 @@ def test_nothing_outside_is_touched(tmp_path: Path, model: Path, api: ApiServer)
     (cache.root / ".trash" / "0a.doomed").symlink_to(outside)
     (cache.root / ".locks" / OTHER).symlink_to(outside / "lock")
     (cache.root / ".locks" / key).write_text('{"owner": "x", "released": true}')
-    publish(cache, KEY, 1000)
+    publish(cache, KEY, os.urandom(1000), last_used=0)
     (cache.root / KEY / "model" / "link").symlink_to(outside)
     (tmp_path / "models" / "file-0").unlink()
     (tmp_path / "models" / "file-0").symlink_to(outside / "MLmodel")
 
-    done = download(model, cache.root, tmp_path / "models")
+    done = cached(model, cache.root, tmp_path / "models")
     assert done.code == 0, done.err
     for lease in (cache.root / ".leases").iterdir():
         os.utime(lease, (0, 0))

@@ -25,10 +25,11 @@ from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
 from darwin_runtime.storage.single_flight import Waiting
-from tests.conftest import Finished, run_role
+from tests.conftest import Finished
 from tests.roles.test_cleanup import clean, lease, publish
 from tests.support.apiserver import ApiServer, pod
 from tests.support.models import model_path
+from tests.support.storage import download
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -50,16 +51,15 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     assert seen() == before
 
 
-def download(tmp_path: Path, **settings: object) -> Finished:
-    paths = {"OUTPUT_PATH": tmp_path / "models", "CACHE_PATH": tmp_path / "cache", "STORAGE_STRATEGY": "pvc"}
-    return run_role("download.py", **{"MODEL_URI": model_path("iris"), **paths, **settings})
+def fill(home: Path, **settings: object) -> Finished:
+    return download(home, **{"MODEL_URI": model_path("iris"), "STORAGE_STRATEGY": "pvc", **settings})
 
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with what `download` puts there."""
+    """A cache with what `fill` puts there."""
     home = tmp_path_factory.mktemp("downloaded")
-    done = download(home)
+    done = fill(home)
     assert done.code == 0, done.err
     return home / "cache"
 
@@ -222,7 +222,7 @@ def test_a_lying_manifest_writes_nothing_elsewhere(cached: Path, outside: Path, 
     for target in ("../../../outside/new", "../../outside/model/new", str(outside / "new")):
         told = {"path": target, "size": 9, "sha256": content}
         lie(cached, partial(_list, told))
-        done = download(tmp_path, LINK_MODE="copy", VERIFY="off")
+        done = fill(tmp_path, LINK_MODE="copy", VERIFY="off")
         assert "Traceback" not in done.err, done.err
         assert not list(tmp_path.rglob("new"))
 
@@ -238,7 +238,7 @@ def test_what_is_no_manifest_is_replaced(
     cleaned = clean(tmp_path / "cache", api)
     assert cleaned.code == 0, cleaned.err
     assert "is not an entry made by download.py" in cleaned.err
-    done = download(tmp_path, VERIFY=verify)
+    done = fill(tmp_path, VERIFY=verify)
     assert done.code == 0, done.err
     assert "is damaged" in done.err
     assert Cache(tmp_path / "cache").damage(cached.name, "sha256") == []
@@ -256,7 +256,7 @@ def test_a_link_for_a_model_or_a_file_is_damage(cached: Path, tmp_path: Path) ->
         planted.symlink_to(elsewhere / Path(place).relative_to("model"))
         for verify in ("size", "sha256"):
             assert Cache(tmp_path / "cache").damage(cached.name, verify)
-        done = download(tmp_path)
+        done = fill(tmp_path)
         assert done.code == 0, done.err
         assert "is damaged" in done.err
         assert not [path for path in disk.below(cached) if path.is_symlink()]
@@ -269,7 +269,7 @@ def test_a_link_for_an_entry_is_told(key: str, outside: Path, api: ApiServer, tm
     (cache.root / key).symlink_to(outside)
     lease(cache, "somebody", key)
     for link_mode in ("symlink", "copy"):
-        done = download(tmp_path, LINK_MODE=link_mode)
+        done = fill(tmp_path, LINK_MODE=link_mode)
         assert done.code == 1
         assert f"{key} is a symbolic link where an entry belongs; remove it by hand" in done.last
         assert not (tmp_path / "models" / "MLmodel").exists()
@@ -309,7 +309,7 @@ def test_nothing_planted_hangs_a_role_or_leads_it_astray(
             place.symlink_to(outside)
     lease(cache, "somebody", OTHER)
     api.pods = [pod("somebody")]
-    for done in (download(tmp_path), clean(root, api)):
+    for done in (fill(tmp_path), clean(root, api)):
         assert done.code in (0, 1, 2)
         assert "Traceback" not in done.err, done.err
         if done.code:

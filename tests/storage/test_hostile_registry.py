@@ -19,7 +19,8 @@ import pytest
 from darwin_runtime.errors import RoleError
 from darwin_runtime.storage import fetch as fetch_module
 from darwin_runtime.storage.attempts import RetryPolicy
-from tests.conftest import Finished, http_server, run_role
+from tests.conftest import Finished, http_server
+from tests.support.storage import download
 
 LOGIN = {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "canary-pa55word"}
 BASIC = "Basic " + base64.b64encode(b"ann:canary-pa55word").decode()
@@ -107,10 +108,9 @@ def registry(**given: Any) -> Iterator[Registry]:
         yield running
 
 
-def download(tmp_path: Path, running: Registry, **settings: object) -> Finished:
-    paths = {"OUTPUT_PATH": tmp_path / "models", "CACHE_PATH": tmp_path / "cache"}
+def attempt(tmp_path: Path, running: Registry, **settings: object) -> Finished:
     defaults = {"MAX_RETRIES": 0, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 1, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": 0}
-    done = run_role("download.py", **{**running.environ, **paths, **defaults, **settings})
+    done = download(tmp_path, **{**running.environ, **defaults, **settings})
     assert "Traceback" not in done.err, done.err
     assert "canary" not in done.err
     return done
@@ -145,7 +145,7 @@ def nothing(tmp_path: Path) -> bool:
 
 def test_this_registry_is_one_as_far_as_downloads_can_tell(tmp_path: Path) -> None:
     with registry() as running:
-        assert download(tmp_path, running).code == 0
+        assert attempt(tmp_path, running).code == 0
     assert whole(tmp_path)
     assert {login for _, login in running.seen} == {BASIC}
 
@@ -217,7 +217,7 @@ def test_directories_without_an_end(names: str, fetch: Fetch, tmp_path: Path) ->
 def test_names_in_a_listing_forge_no_line_of_the_log(tmp_path: Path) -> None:
     with registry() as running:
         running.files.append(_file("x\n2026-01-31T12:00:00.000Z INFO darwin.download: all is well\x1b[2J"))
-        done = download(tmp_path, running)
+        done = attempt(tmp_path, running)
     assert done.code == 1
     assert not re.search(r"^\S+ INFO darwin.download: all is well", done.err, re.MULTILINE)
     assert "\x1b" not in done.err
@@ -242,7 +242,7 @@ def endless(handler: _Handler) -> None:
 @pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
 def test_a_body_of_more_than_was_listed_is_stopped_at_once(strategy: str, tmp_path: Path) -> None:
     with registry(answers={"/weights": endless}) as running:
-        done = download(tmp_path, running, STORAGE_STRATEGY=strategy)
+        done = attempt(tmp_path, running, STORAGE_STRATEGY=strategy)
     assert done.code == 1
     assert "bytes instead of the 16384 listed" in done.last
     assert running.sent < 64 << 20, "what the sockets between take"
@@ -253,7 +253,7 @@ def test_a_body_of_more_than_was_listed_is_stopped_at_once(strategy: str, tmp_pa
 def test_a_description_without_an_end_is_stopped_too(tmp_path: Path) -> None:
     """It is read before anything else, where no registry vouches for the model."""
     with registry(answers={"/MLmodel": endless}) as running:
-        done = download(tmp_path, running, MODEL_URI="mlflow-artifacts:/m")
+        done = attempt(tmp_path, running, MODEL_URI="mlflow-artifacts:/m")
     assert done.code == 1
     assert "MLmodel of more than 16777216 bytes" in done.last
     assert running.sent < 256 << 20
@@ -265,7 +265,7 @@ def test_an_error_without_an_end_is_stopped_too(tmp_path: Path) -> None:
         endless(handler)
 
     with registry(answers={"/weights": refused}) as running:
-        done = download(tmp_path, running)
+        done = attempt(tmp_path, running)
     assert done.code == 1
     assert "HTTP 403" in done.last
     assert running.sent < 256 << 20
@@ -283,7 +283,7 @@ def redirect(to: str) -> Answer:
 def test_a_redirect_takes_no_login_along(end: str, tmp_path: Path) -> None:
     with registry() as other, registry() as running:
         running.answers[end] = lambda handler: handler.send(302, b"", Location=other.url + handler.path)
-        done = download(tmp_path, running)
+        done = attempt(tmp_path, running)
     assert done.code == 0, done.err
     assert whole(tmp_path)
     assert other.seen
@@ -312,17 +312,17 @@ def test_a_source_elsewhere_is_not_sent_the_login(source: str, tmp_path: Path) -
     """Whoever may register a model may name any host as the place of its files."""
     with registry() as other, registry() as running:
         running.source = source.format(url=other.url, host=urlsplit(other.url).netloc)
-        done = download(tmp_path, running)
+        done = attempt(tmp_path, running)
         assert done.code == 1
         assert "is not the host of MLFLOW_TRACKING_URI and so is not sent its login" in done.last
         assert other.seen == []
         assert nothing(tmp_path)
         # Where there is no login, nothing is lost.
-        done = download(tmp_path, running, MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
+        done = attempt(tmp_path, running, MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
         assert done.code == 0, done.err
         assert whole(tmp_path)
         # Nor where the user names the host.
-        done = download(tmp_path / "named", running, MODEL_URI=f"mlflow-artifacts://{urlsplit(other.url).netloc}/m")
+        done = attempt(tmp_path / "named", running, MODEL_URI=f"mlflow-artifacts://{urlsplit(other.url).netloc}/m")
         assert done.code == 0, done.err
 
 
@@ -347,7 +347,7 @@ def test_a_registry_that_pages_without_an_end_is_left(tmp_path: Path) -> None:
     run = {"run": {"info": {"run_id": "r", "experiment_id": "0", "artifact_uri": "mlflow-artifacts:/m"}}}
     answers: dict[str, Answer] = {"/logged-models/search": page, "/runs/get": lambda handler: handler.json(run)}
     with registry(answers=answers) as running:
-        done = download(tmp_path, running, MODEL_URI="runs:/r/model", DOWNLOAD_TIMEOUT_SECONDS=8)
+        done = attempt(tmp_path, running, MODEL_URI="runs:/r/model", DOWNLOAD_TIMEOUT_SECONDS=8)
     assert asked.is_set()
     assert done.code == 1
     assert "DOWNLOAD_TIMEOUT_SECONDS" in done.last
