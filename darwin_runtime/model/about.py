@@ -64,7 +64,7 @@ def _chat_body(model: Model) -> Any:
     if isinstance(example, dict) and not example.keys() & set(mlflow_scoring.SHAPES):
         return example
     streams = model.contract("").streams
-    return {"messages": [{"role": "user", "content": "Hello"}]} if streams and not model.plan.inputs else None
+    return {"messages": [{"role": "user", "content": "Hello"}]} if streams and not model.input_schema.inputs else None
 
 
 def _list_files(directory: Path) -> list[Path]:

@@ -48,7 +48,7 @@ def load_model(directory: Path, model_config: Mapping[str, Any] | None = None, m
     return Model(
         directory=directory,
         flavors=tuple(name for name in description["flavors"] if name != PYFUNC) or (PYFUNC,),
-        plan=compile_schema(inputs, from_type_hint=pyfunc.metadata._is_signature_from_type_hint()),
+        input_schema=compile_schema(inputs, from_type_hint=pyfunc.metadata._is_signature_from_type_hint()),
         params=ParamSchema(signature.params.to_dict() if signature and signature.params else None),
         outputs=signature.outputs.to_dict() if signature and signature.outputs else (),
         example=read_example(directory, description),

@@ -21,7 +21,7 @@ from darwin_runtime.schema.signature import Spec
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. `plan` and `params` parse its input; `outputs` is its output signature in JSON form.
+    """A loaded model. `input_schema` and `params` parse its input; `outputs` is its output signature in JSON form.
 
     `example` is the JSON body of a request the model was logged with, None if it has none. `predictors` are by the name
     of the method that clients may ask for, the one it was logged with first; `method` is the usual one. `load_seconds`
@@ -30,7 +30,7 @@ class Model:
 
     directory: Path
     flavors: tuple[str, ...]
-    plan: InputSchema
+    input_schema: InputSchema
     params: ParamSchema
     outputs: Sequence[Spec]
     example: bytes | None
@@ -49,7 +49,7 @@ class Model:
         classes: Any = getattr(fast_path.raw_model(self.pyfunc), "classes_", None)
         one_output = isinstance(classes, np.ndarray) and classes.ndim == 1
         return ModelSpec(
-            input_schema=self.plan,
+            input_schema=self.input_schema,
             params=self.params,
             # They were inferred from what the method that the model was logged with answers.
             outputs=self.outputs if self.method == next(iter(self.predictors)) else (),
@@ -75,7 +75,9 @@ class Model:
         about twice `budget`, in seconds, at most.
         """
         pyfunc = fast_path.with_method(self.pyfunc, self.method)
-        predictor = fast_path.find_quickest(pyfunc, self.plan, example, method=self.method, fast=fast, budget=budget)
+        predictor = fast_path.find_quickest(
+            pyfunc, self.input_schema, example, method=self.method, fast=fast, budget=budget
+        )
         return replace(self, predictors={**self.predictors, self.method: predictor})
 
     def predict(self, rows: Rows, params: Mapping[str, Any] | None = None, method: str = "") -> Any:

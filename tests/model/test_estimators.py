@@ -106,8 +106,10 @@ def test_estimator(service: tuple[Service, str], tmp_path: Path, kind: str, name
     path = save_estimator(model, tmp_path / "model", features)
 
     loaded = load_model(path)
-    rows = loaded.plan.split(None, features.to_numpy().tolist())
-    quick = loaded.with_quickest_predictor(loaded.plan.split(None, features.head(3).to_numpy().tolist()), budget=30)
+    rows = loaded.input_schema.split(None, features.to_numpy().tolist())
+    quick = loaded.with_quickest_predictor(
+        loaded.input_schema.split(None, features.head(3).to_numpy().tolist()), budget=30
+    )
     assert same(quick.predict(rows), loaded.predict(rows))
     service[0].use(loaded)
     expected = json.loads(json.dumps(np.asarray(load_pyfunc(path).predict(features)).tolist()))

@@ -126,7 +126,7 @@ def assert_answers_as_pyfunc(model: Model, quick: Model, features: Any, *, answe
     odd = [[value] * len(cells[0]) for value in (0, 1, -1)]
     for batch in (cells[:1], cells[1:3], cells[3:20], cells, holes[:1], [*cells[:3], *holes], odd, odd[:1]):
         try:
-            rows = model.plan.split(None, batch)
+            rows = model.input_schema.split(None, batch)
         except InputError:  # no null where the signature has integers
             continue
         outcomes = []
@@ -140,7 +140,7 @@ def assert_answers_as_pyfunc(model: Model, quick: Model, features: Any, *, answe
         assert same(*outcomes), (batch, outcomes)
     if answered:
         assert quick.predictor.predict_array
-        quick.predictor.predict_array(model.plan.split(None, cells))
+        quick.predictor.predict_array(model.input_schema.split(None, cells))
 
 
 ON_ARRAYS: dict[str, Callable[[], Model]] = {
@@ -307,7 +307,7 @@ def test_threads_of_a_forest_are_left_to_it() -> None:
     quick = proven(model)
     assert quick.predictor.predict_array
     assert model.pyfunc.get_raw_model().n_jobs == 2
-    rows = model.plan.split(None, values(TABLE, slice(0, 20)))
+    rows = model.input_schema.split(None, values(TABLE, slice(0, 20)))
     assert quick.predict(rows).tolist() == model.predict(rows).tolist()
 
 
@@ -322,12 +322,12 @@ def test_numbers_of_several_types() -> None:
         quick = proven(model)
         assert quick.predictor.predict_array
         assert quick.batchable
-        names = [column.key for column in model.plan.columns]  # type: ignore[union-attr]
+        names = [column.key for column in model.input_schema.columns]  # type: ignore[union-attr]
         cells = [dict(zip(names, row, strict=True)) for row in values(table[names].astype(object), slice(0, 9))]
-        rows = model.plan.records(cells)
+        rows = model.input_schema.records(cells)
         assert same(quick.predict(rows), model.predict(rows))
         quick.predictor.predict_array(rows)
-    rows = model.plan.records([{"n": 2**62 + 1}])
+    rows = model.input_schema.records([{"n": 2**62 + 1}])
     assert same(quick.predict(rows), model.predict(rows))
 
 
@@ -336,8 +336,8 @@ def test_integers_that_are_no_floats_go_through_tables() -> None:
     model = loaded(DecisionTreeClassifier(random_state=0).fit(table, np.arange(20) % 3), table)
     quick = proven(model)
     assert quick.predictor.predict_array
-    quick.predictor.predict_array(model.plan.records([{"n": 5, "x": 0.5}]))
-    large = model.plan.records([{"n": 2**54 + 1, "x": 0.5}])
+    quick.predictor.predict_array(model.input_schema.records([{"n": 5, "x": 0.5}]))
+    large = model.input_schema.records([{"n": 2**54 + 1, "x": 0.5}])
     with pytest.raises(NotEquivalent):
         quick.predictor.predict_array(large)
     assert same(quick.predict(large), model.predict(large))
@@ -357,7 +357,7 @@ def test_optional_columns_may_be_absent() -> None:
     model = loaded(HistGradientBoostingClassifier(max_iter=5).fit(HOLES, WORD), HOLES, signature=signature)
     quick = proven(model)
     assert quick.predictor.predict_array
-    full, absent = (model.plan.records([row]) for row in (dict.fromkeys(NAMES, 0.5), {"a": 0.5}))
+    full, absent = (model.input_schema.records([row]) for row in (dict.fromkeys(NAMES, 0.5), {"a": 0.5}))
     assert same(quick.predict(full), model.predict(full))
     with pytest.raises(InputRejected, match="feature names") as expected:
         model.predict(absent)
@@ -391,7 +391,7 @@ def test_without_an_example() -> None:
 def test_without_a_signature_nothing_is_known_of_the_rows() -> None:
     quick = not_on_arrays(load_model(model_path("no_signature")), "it has no signature")
     assert not quick.batchable
-    rows = quick.plan.features([[5.1, 3.5, 1.4, 0.2]])
+    rows = quick.input_schema.features([[5.1, 3.5, 1.4, 0.2]])
     assert quick.predict(rows).tolist() == [0]
 
 
@@ -402,7 +402,7 @@ def test_params_are_enforced_and_have_their_defaults() -> None:
     quick = proven(model)
     assert quick.predictor.predict_array
     assert not quick.batchable
-    rows = model.plan.split(None, values(TABLE, slice(0, 5)))
+    rows = model.input_schema.split(None, values(TABLE, slice(0, 5)))
     for given in ({}, {"output_margin": True}):
         assert same(quick.predict(rows, given), model.predict(rows, given))
     with pytest.raises(InputRejected, match="Invalid parameters") as caught:
@@ -438,7 +438,7 @@ def test_where_mlflow_has_a_say_its_check_stays(name: str, why: str) -> None:
 def test_params_of_python_models() -> None:
     model = load_model(model_path("params"))
     quick = proven(model)
-    rows = model.plan.records([{"a": 1, "b": 2}])
+    rows = model.input_schema.records([{"a": 1, "b": 2}])
     for given in ({}, {"factor": 3, "weights": [1], "since": "2025-01-01"}):
         assert quick.predict(rows, model.params.parse(given)) == model.predict(rows, model.params.parse(given))
     with pytest.raises(InputRejected):
@@ -512,7 +512,7 @@ def test_times_and_bytes_beside_numbers() -> None:
     assert without_check(quick)
     assert quick.batchable
     row = dict.fromkeys(NAMES, 0.5) | {"when": "2024-01-01", "blob": "AP8="}
-    rows = model.plan.records([row, row])
+    rows = model.input_schema.records([row, row])
     assert same(quick.predict(rows), model.predict(rows))
 
 

@@ -37,7 +37,7 @@ IRIS_ROWS = [IRIS, {**IRIS, "petal length (cm)": 1.0}]
 
 
 def iris_rows(model: Model, count: int = 5) -> Rows:
-    return model.plan.split(None, TABLE.head(count).to_numpy().tolist())
+    return model.input_schema.split(None, TABLE.head(count).to_numpy().tolist())
 
 
 CLASSIFIER = make_pipeline(StandardScaler(), RandomForestClassifier(10, random_state=0)).fit(TABLE, TARGET)

@@ -174,7 +174,7 @@ def test_no_warning_when_the_versions_agree(caplog: pytest.LogCaptureFixture) ->
 def test_predictions_are_pyfuncs() -> None:
     model = load_model(model_path("iris"))
     features, _ = iris_table()
-    rows = model.plan.split(list(features.columns), features.to_numpy().tolist())
+    rows = model.input_schema.split(list(features.columns), features.to_numpy().tolist())
     expected = load_pyfunc(model_path("iris")).predict(features)
     np.testing.assert_array_equal(model.predict(rows), expected)
 
@@ -183,8 +183,8 @@ def test_predictions_are_pyfuncs() -> None:
 def test_enforcement_by_mlflow_changes_nothing(kind: str, row: dict[str, Any]) -> None:
     """What we hand to pyfunc has the dtypes that its signature asks for already."""
     model = load_model(model_path(kind))
-    frame = model.plan.records([row, row]).for_model()
-    seen = model.predict(model.plan.records([row, row]))
+    frame = model.input_schema.records([row, row]).for_model()
+    seen = model.predict(model.input_schema.records([row, row]))
     if kind == "typed":
         assert seen == [f"{name}:{frame[name].dtype}:{frame[name].tolist()!r}" for name in frame.columns]
         assert [part.split(":")[1] for part in seen] == [
@@ -198,7 +198,7 @@ def test_enforcement_by_mlflow_changes_nothing(kind: str, row: dict[str, Any]) -
 
 def test_params_reach_the_model_and_defaults_apply() -> None:
     model = load_model(model_path("params"))
-    rows = model.plan.records([{"a": 1, "b": 2}])
+    rows = model.input_schema.records([{"a": 1, "b": 2}])
     given = model.params.parse({"factor": 3, "weights": [1], "since": "2025-01-01"})
     (answer,) = model.predict(rows, given)
     expected = load_pyfunc(model_path("params")).predict(
@@ -211,19 +211,19 @@ def test_params_reach_the_model_and_defaults_apply() -> None:
 def test_who_is_to_blame() -> None:
     checked, unchecked = (load_model(model_path(kind)) for kind in ("answers", "untyped_answers"))
     with pytest.raises(PredictionFailed, match="RuntimeError: the model is out of sorts"):
-        checked.predict(checked.plan.records([{"form": "raise"}]))
+        checked.predict(checked.input_schema.records([{"form": "raise"}]))
     with pytest.raises(PredictionFailed, match="KeyError"):
-        checked.predict(checked.plan.records([{"form": "no such form"}]))
+        checked.predict(checked.input_schema.records([{"form": "no such form"}]))
     with pytest.raises(InputRejected, match="KeyError"):
-        unchecked.predict(unchecked.plan.records([{"form": "no such form"}]))
+        unchecked.predict(unchecked.input_schema.records([{"form": "no such form"}]))
     with pytest.raises(InputRejected):
-        checked.predict(checked.plan.records([{"form": None}]))
+        checked.predict(checked.input_schema.records([{"form": None}]))
     with pytest.raises(PredictionFailed, match="AttributeError"):
-        checked.predict(checked.plan.records([{"form": "attribute"}]))
+        checked.predict(checked.input_schema.records([{"form": "attribute"}]))
     with pytest.raises(InputRejected, match="AttributeError"):
-        unchecked.predict(unchecked.plan.records([{"form": "attribute"}]))
+        unchecked.predict(unchecked.input_schema.records([{"form": "attribute"}]))
     with pytest.raises(PredictionFailed, match="Panic: in another language"):
-        unchecked.predict(unchecked.plan.records([{"form": "panic"}]))
+        unchecked.predict(unchecked.input_schema.records([{"form": "panic"}]))
 
 
 def test_a_description_cut_between_lines_is_truncated(iris: Path) -> None:
@@ -267,10 +267,10 @@ def test_a_place_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.M
 
 def test_type_hints_are_mlflows_to_check() -> None:
     model = load_model(model_path("hinted"))
-    assert model.predict(model.plan.instances([{"a": 1, "b": 2}])) == [3]
-    assert model.predict(model.plan.features({"a": 1})) == [1]
+    assert model.predict(model.input_schema.instances([{"a": 1, "b": 2}])) == [3]
+    assert model.predict(model.input_schema.features({"a": 1})) == [1]
     with pytest.raises(InputRejected) as caught:
-        model.predict(model.plan.instances([{"a": "x"}]))
+        model.predict(model.input_schema.instances([{"a": "x"}]))
     assert caught.value.by_schema
 
 
