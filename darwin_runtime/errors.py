@@ -189,7 +189,7 @@ class StoreUnreachable(RoleError):
 
 
 class DamagedDownload(RoleError):
-    """What arrived is not what the listing promised. Worth retrying, never worth using."""
+    """The files that arrived differ from the listing. Worth retrying, never worth using."""
 
 
 # Files
@@ -215,7 +215,7 @@ class UnusableFile(Exception):
 
 
 class NotInCluster(Exception):
-    """What Kubernetes gives every container is missing, empty or unreadable. The message names it and what to do."""
+    """A value that Kubernetes gives every container is missing, empty or unreadable. The message has a remedy."""
 
 
 _ADVICE = {

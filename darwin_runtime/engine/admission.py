@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from darwin_runtime.errors import Overloaded
 from darwin_runtime.protocols.base import Request
 
-# What waits may not fill the memory, however few rows it is.
+# Waiting requests may not fill the memory, however few rows they have.
 MAX_QUEUE_BYTES = 64 * 1024 * 1024
-# What one waiting request occupies besides its body.
+# A waiting request occupies this much besides its body.
 REQUEST_BYTES = 4096
 
-# Who would wait for more than this share of the time a request may take is told to come back later: what is accepted is
-# to be answered in time, though it be reckoned wrong by half.
+# Requests that would wait longer than this share of their timeout are rejected. Estimates can be off by a factor of
+# two.
 WAIT_SHARE = 1 / 2
 FADING = 7 / 8
 
