@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -101,11 +101,6 @@ def clean_environ(**settings: object) -> dict[str, str]:
     """This process's environment without what would leak into a role, and with `settings`."""
     kept = {name: value for name, value in os.environ.items() if not _STRAY.match(name)}
     return kept | {"PYTHONUNBUFFERED": "1"} | {name: str(value) for name, value in settings.items()}
-
-
-def uncovered(environ: Mapping[str, str]) -> dict[str, str]:
-    """This environment for a process of which no coverage is measured: it repeats, at length, what others show."""
-    return {name: value for name, value in environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
 
 
 @pytest.fixture(autouse=True)
@@ -284,7 +279,7 @@ def start_mlflow(home: Path, *arguments: str, host: str = "127.0.0.1", port: int
     detached = ["sh", "-c", 'exec "$@" < /dev/null > log 2>&1 & echo $!', "-", *command]
     # It is nobody's child: whoever starts it may end before it.
     done = subprocess.run(
-        detached, env=uncovered(environ), cwd=home, stdout=subprocess.PIPE, start_new_session=True, check=True
+        detached, env=prepared.uncovered(environ), cwd=home, stdout=subprocess.PIPE, start_new_session=True, check=True
     )
     uri, pid = f"http://{host}:{port}", int(done.stdout)
 

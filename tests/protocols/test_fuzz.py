@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, absent, clean_environ, uncovered
+from tests.conftest import ROOT, absent, clean_environ
 from tests.fuzz import FOUND
 from tests.support.hostile import TARGETS
+from tests.support.prepared import uncovered
 
 # There are wheels for some Pythons on x86-64 Linux only.
 EXPECTED_HERE = sys.platform == "linux" and (3, 11) <= sys.version_info < (3, 14)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, clean_environ, uncovered
+from tests.conftest import ROOT, clean_environ
 from tests.simulation import WITHOUT
+from tests.support.prepared import uncovered
 
 STEPS = 10_000
 

@@ -55,15 +55,8 @@ MODULES = {
         *("mlflow.store.artifact.mlflow_artifacts_repo", "mlflow.store.artifact.models_artifact_repo"),
     ),
     "serve": (
-        *(
-            "darwin_runtime.http.factory",
-            "darwin_runtime.model.self_test",
-            "mlflow.pyfunc",
-            "mlflow.sklearn",
-            "skops.io",
-            "sklearn.linear_model",
-        ),
-        *("sklearn.linear_model", "uvicorn.protocols.http.httptools_impl", "uvloop"),
+        *("darwin_runtime.http.factory", "darwin_runtime.model.self_test", "mlflow.pyfunc", "mlflow.sklearn"),
+        *("skops.io", "sklearn.linear_model", "uvicorn.protocols.http.httptools_impl", "uvloop"),
     ),
 }
 
@@ -166,13 +159,17 @@ def run(*command: object, env: Mapping[str, str], timeout: float = 120) -> subpr
     return subprocess.CompletedProcess(list(map(str, command)), code, *("".join(lines) for lines in read))
 
 
+def uncovered(environ: Mapping[str, str]) -> dict[str, str]:
+    """This environment for a process of which no coverage is measured: it repeats, at length, what others show."""
+    return {name: value for name, value in environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
+
+
 @functools.cache
 def _template(kind: str) -> socket.socket:
     """The socket of a prepared process of this kind, which lives as long as this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE_BYTES)
-    environ = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
-    environ |= {f"{name}_NUM_THREADS": "1" for name in THREADS}
+    environ = uncovered(os.environ) | {f"{name}_NUM_THREADS": "1" for name in THREADS}
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.prepared", kind, str(theirs.fileno())],

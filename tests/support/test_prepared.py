@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import clean_environ, uncovered, wait_until
+from tests.conftest import clean_environ, wait_until
 from tests.support import prepared
+from tests.support.prepared import uncovered
 
 _REPORT = """
 import json, os, resource, signal, sys, threading
