@@ -21,10 +21,9 @@ from pathlib import Path
 
 from darwin_runtime import mlflow_import, resources
 from darwin_runtime.errors import ConfigError, NotACache, RoleError, StoreUnreachable
-from darwin_runtime.redact import mask_uri
 from darwin_runtime.role import leave, log_settings, run_role
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import digest, disk, fetch, references, resolve
+from darwin_runtime.storage import access, digest, disk, fetch, references, resolve
 from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage import output as output_module
 from darwin_runtime.storage.attempts import Deadline, RetryPolicy
@@ -55,13 +54,12 @@ class Settings:
     link_mode: str
     pod: str
     uid: str
-    tracking_uri: str
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
         """Raises `settings.ConfigError` naming every bad variable."""
-        uri = read.required("MODEL_URI", example=resolve.MODEL_URI_EXAMPLE)
-        resolve.check_access(read, "MODEL_URI", uri)
+        uri = read.required("MODEL_URI", example=access.MODEL_URI_EXAMPLE)
+        access.check_access(read, "MODEL_URI", uri)
         required = digest.required(read)
         settings = cls(
             model_uri=uri,
@@ -79,7 +77,6 @@ class Settings:
             link_mode=read.choice("LINK_MODE", "symlink", ("symlink", "copy")),
             pod=read.text("POD_NAME", socket.gethostname()),
             uid=resources.pod_uid(),
-            tracking_uri=read.raw("MLFLOW_TRACKING_URI"),
         )
         read.finish()
         # A digest that is asked for is one of bytes, whatever a manifest says.
@@ -94,7 +91,11 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
     """`emptydir`: the model's files at OUTPUT_PATH itself. Returns their manifest."""
     output_module.make(settings.output)
     _clear_other(settings)
-    held = output_module.current_record(settings.output, settings.verify, model_uri=mask_uri(settings.model_uri))
+    held = output_module.read(settings.output)
+    if held and access.comes_from_here(settings.model_uri, held.manifest.model_uri, held.manifest.resolved):
+        held = output_module.current_record(settings.output, settings.verify)
+    else:
+        held = None
     try:
         patience = _patience(deadline, fallback=held is not None)
         source = resolve.resolve_within(patience, settings.model_uri, settings.retry)
@@ -131,7 +132,8 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
             f"cannot write to CACHE_PATH {settings.cache} ({disk.explain(error)}); "
             f"mount the cache's volume there, writable by user {os.getuid()}"
         ) from error
-    known = references.find_ref(cache, settings.tracking_uri, settings.model_uri)
+    place = access.place(settings.model_uri)
+    known = references.find_ref(cache, place, settings.model_uri)
     try:
         patience = _patience(deadline, fallback=known is not None and cache.has(known[0]))
         source = resolve.resolve_within(patience, settings.model_uri, settings.retry)
@@ -140,7 +142,7 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
     else:
         key = ensure_entry(cache, source, settings.claim, settings.retry, deadline)
         try:
-            references.set_ref(cache, settings.tracking_uri, settings.model_uri, key)
+            references.set_ref(cache, place, settings.model_uri, key)
         except OSError as error:  # the model is there all the same
             logger.warning("what %s resolved to is not remembered: %s", settings.model_uri, disk.explain(error))
     cache.touch(key)

@@ -72,6 +72,9 @@ def set_up_logging(read: Reader) -> Redactor:
     root.setLevel(max(logging.getLevelName(level.upper()), logging.INFO))
     logger.setLevel(level.upper())
     logging.captureWarnings(True)
+    # They log each retry and each login, in words that name no setting. The lines of this runtime do.
+    for client in ("urllib3", "botocore", "boto3", "s3transfer"):
+        logging.getLogger(client).setLevel(logging.INFO if level == "debug" else logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of stores in databases: each migration step
     return redact
 

@@ -17,6 +17,8 @@ DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # Its own retries multiply with ours; its default is 7, growing to minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    # As many connections as a download has files under way. It warns of each that it closes.
+    "MLFLOW_HTTP_POOL_MAXSIZE": "16",
     # It holds whole chunks, up to 2 GiB, in memory.
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
     # Without a git binary, GitPython warns at import.

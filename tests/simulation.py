@@ -164,7 +164,7 @@ class World:
             while True:
                 try:
                     key = ensure_entry(self.cache, source(model), settings.claim, settings.retry, Deadline(1e9))
-                    references.set_ref(self.cache, settings.tracking_uri, settings.model_uri, key)
+                    references.set_ref(self.cache, {}, settings.model_uri, key)
                     self.cache.touch(key)
                     references.set_alias(self.cache, references.make_alias(name, model), key)
                 except (OSError, RoleError):

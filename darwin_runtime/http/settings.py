@@ -13,7 +13,7 @@ from darwin_runtime.http import auth, cors
 from darwin_runtime.http import tls as tls_module
 from darwin_runtime.resources import default_workers
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import digest, manifest, resolve
+from darwin_runtime.storage import access, digest, manifest
 
 
 class RequestLimits(NamedTuple):
@@ -94,7 +94,7 @@ class Settings:
     def from_env(cls, read: Reader) -> Settings:
         """Raises `ConfigError` naming every bad variable."""
         path, uri = read.text("MODEL_LOCAL_PATH"), read.text("MLFLOW_MODEL_URI")
-        resolve.check_access(read, "MLFLOW_MODEL_URI", "" if path else uri)
+        access.check_access(read, "MLFLOW_MODEL_URI", "" if path else uri)
         if not path and not uri:
             read.problem("MODEL_LOCAL_PATH", "is not set, and MLFLOW_MODEL_URI neither", example="/models")
         root_path = read.text("ROOT_PATH").strip("/")

@@ -7,7 +7,9 @@ knows works here.
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ import requests
 from darwin_runtime.errors import DamagedDownload, FileChanged, NotRegularFile, RoleError
 from darwin_runtime.redact import mask_uri
 from darwin_runtime.storage import disk, manifest
+from darwin_runtime.storage.access import ARTIFACTS, check_uri
 from darwin_runtime.storage.manifest import MODEL_FILE, File, Manifest
 from darwin_runtime.storage.store_errors import explained
 
@@ -40,13 +43,16 @@ CHUNK_BYTES = 256 << 10
 # Where a whole chunk comes in less than this, it is waited for: to wake for each packet takes a transfer 7% longer.
 GATHER_SECONDS = 0.1
 
-# How the names begin that this runtime itself gives files beside a model's. A model that was logged from a directory
-# where it had been served can hold some: they are no part of it.
-RESERVED = ".darwin-"
+# The names that this runtime itself gives files beside a model's. A model that was logged from a directory where it had
+# been served can hold some: they are no part of it.
+PARTS = ".darwin-parts"
+RESERVED = (".darwin-output.json", ".darwin-staging", PARTS)
 
 
 # The answers of which the body is a file, or the lack of one is no surprise.
 _BODIES = (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+
+logger = logging.getLogger("darwin.transfer")
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,11 @@ class Source:
     def files(self) -> list[RemoteFile]:
         """All files, at any depth; one request to the store for each directory. Raises as `resolve.resolve` does."""
         with explained(self.uri):
-            found = [file for file in walk(self.uri, self.store, self.listing) if not file.path.startswith(RESERVED)]
+            found = list(walk(self.uri, self.store, self.listing))
+        if ours := {name for file in found if (name := file.path.partition("/")[0]) in RESERVED}:
+            names = ", ".join(sorted(ours))
+            logger.info("%s holds %s of an earlier run, which is no part of the model and is left out", self.uri, names)
+            found = [file for file in found if file.path.partition("/")[0] not in ours]
         _check_listing(self.uri, found)
         return found
 
@@ -118,10 +128,13 @@ def _check_listing(uri: str, files: Sequence[RemoteFile]) -> None:
 def walk(uri: str, store: Store, listing: Sequence[tuple[str, int | None]]) -> Iterator[RemoteFile]:
     """All files, at any depth. Raises `RoleError` for a listing that goes round in circles, or has no end."""
     yield from (RemoteFile(path, size) for path, size in listing if not path.endswith("/"))
-    waiting = [path.rstrip("/") for path, _ in listing if path.endswith("/")]
+    waiting = [path[:-1] for path, _ in listing if path.endswith("/")]
     count = len(listing)
     while waiting:
         inside = waiting.pop()
+        # A store may have names that no directory can have. Left out, the model would not be whole.
+        if inside.rpartition("/")[2] in ("", ".", ".."):
+            raise RoleError(f"{uri} lists a directory with the unsafe name {inside[:300]!r}; nothing was downloaded")
         files, directories = store.list(inside)
         for path in [*(file.path for file in files), *directories]:
             if path.rpartition("/")[0] != inside or path.count("/") > MAX_DEPTH:
@@ -163,58 +176,103 @@ class ArtifactStore:
         self.uri = uri
         self.repository = repository
         self.root = root
-        inner = getattr(repository, "repo", repository)
+        self.server = repository if isinstance(repository, HttpArtifactRepository) else None
+        if self.server and (why := check_uri(f"{repository.artifact_uri}/")):
+            raise RoleError(f"cannot read {uri}: its source {mask_uri(repository.artifact_uri)} {why}")
         # The user may have it that the tracking server only signs URLs of its store.
-        proxied = isinstance(inner, HttpArtifactRepository) and not MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD.get()
-        self.http = inner if proxied else None
-        self.local = inner if isinstance(inner, LocalArtifactRepository) else None
+        self.http = None if MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD.get() else self.server
+        self.local = repository if isinstance(repository, LocalArtifactRepository) else None
         self.direct: _DirectRequests | None = None
 
     def list(self, directory: str = "") -> tuple[list[RemoteFile], list[str]]:
-        with explained(self.uri):
-            found = self.repository.list_artifacts(self._whole(directory) or None)
+        inside = self._whole(directory)
+        with explained(self.uri, directory):
+            if self.server:
+                found = [(f"{inside}/{name}".lstrip("/"), size, is_dir) for name, size, is_dir in self._listed(inside)]
+            else:
+                found = [
+                    (one.path, one.file_size, one.is_dir) for one in self.repository.list_artifacts(inside or None)
+                ]
         start = len(self.root) + 1 if self.root else 0
-        files = [RemoteFile(one.path[start:], one.file_size) for one in found if not one.is_dir]
-        return files, [one.path[start:] for one in found if one.is_dir]
+        files = [RemoteFile(path[start:], size) for path, size, is_dir in found if not is_dir]
+        return files, [path[start:] for path, _, is_dir in found if is_dir]
+
+    def _listed(self, inside: str) -> Iterator[tuple[str, int | None, bool]]:
+        """(name, size, is_dir) of what MLflow's server has in a directory.
+
+        MLflow's client takes a directory for a file where its only file has the same name, and rejects some names.
+        """
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
+
+        assert self.server
+        server, _, root = self.server.artifact_uri.partition(ARTIFACTS)
+        path = "/".join(filter(None, (root.strip("/"), inside)))
+        answer = http_request(get_default_host_creds(server), ARTIFACTS, "GET", params={"path": path})
+        augmented_raise_for_status(answer)
+        listed = answer.json().get("files", [])
+        # What MLflow's server decodes must be as safe as what it lists.
+        manifest.check_names([urllib.parse.unquote(one["path"]) for one in listed])
+        for one in listed:
+            yield one["path"], int(one["file_size"]) if "file_size" in one else None, bool(one["is_dir"])
 
     def open(self, path: str, offset: int) -> BaseHTTPResponse | None:
         if self.http is None:
             return None
-        from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
+        from mlflow.utils.rest_utils import http_request
 
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
         # MLflow itself would cut the path at a # and decode a %.
         endpoint = f"/{urllib.parse.quote(self._whole(path))}"
-        with explained(self.uri):
+        with explained(self.uri, path):
             if self.direct and (answer := self.direct.open(endpoint, headers)):
+                if answer.status not in _BODIES:
+                    _raise_for_status(self.direct.response(endpoint, answer))
                 return answer
             credentials = self.http._host_creds
             asked: requests.Response = http_request(credentials, endpoint, "GET", stream=True, extra_headers=headers)
             if asked.status_code not in _BODIES:
-                asked._content = asked.raw.read(
-                    MAX_ERROR_BYTES, decode_content=True
-                )  # what it has to say may have no end
-                augmented_raise_for_status(asked)
+                _raise_for_status(asked)
             signed = credentials.auth or credentials.aws_sigv4 or credentials.use_databricks_sdk
             if not signed and not asked.history:
                 self.direct = _DirectRequests(asked, endpoint, credentials)
         return cast("BaseHTTPResponse", asked.raw)
 
     def download(self, path: str, local: str) -> None:
-        with explained(self.uri):
-            if not self.local:
-                self.repository._download_file(self._whole(path), local)
-                return
-            # MLflow would wait for a pipe, copy a device without end, and not notice that a file changes meanwhile.
-            try:
-                manifest.copy(Path(self.local.download_artifacts(self._whole(path))).resolve(), Path(local))
-            except NotRegularFile as error:
-                raise RoleError(f"cannot read {self.uri}: {path} is no file, but a pipe, socket or device") from error
-            except FileChanged as error:
-                raise DamagedDownload(f"{path} of {self.uri} {error.strerror}") from error
+        from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+        whole = self._whole(path)
+        with explained(self.uri, path):
+            if self.local:
+                self._copy(path, Path(self.local.artifact_dir), local)
+            elif type(self.repository)._download_file is ArtifactRepository._download_file:
+                # It brings files only together with their directories.
+                with tempfile.TemporaryDirectory(dir=Path(local).parent) as directory:
+                    Path(self.repository.download_artifacts(whole, directory)).replace(local)
+            else:
+                self.repository._download_file(whole, local)
+
+    def _copy(self, path: str, root: Path, local: str) -> None:
+        # MLflow would reject some names, wait for a pipe, copy a device without end, and miss a change meanwhile.
+        there = (root / self._whole(path)).resolve()
+        if not there.is_relative_to(root.resolve()):
+            raise RoleError(f"cannot read {path} of {self.uri}: it is a link to {there}, outside of the model's store")
+        try:
+            manifest.copy(there, Path(local))
+        except NotRegularFile as error:
+            raise RoleError(f"cannot read {self.uri}: {path} is no file, but a pipe, socket or device") from error
+        except FileChanged as error:
+            raise DamagedDownload(f"{path} of {self.uri} {error.strerror}") from error
 
     def _whole(self, path: str) -> str:
         return f"{self.root}/{path}".strip("/")
+
+
+def _raise_for_status(answer: requests.Response) -> None:
+    from mlflow.utils.rest_utils import augmented_raise_for_status
+
+    answer._content = answer.raw.read(MAX_ERROR_BYTES, decode_content=True)  # what it has to say may have no end
+    augmented_raise_for_status(answer)
 
 
 class _DirectRequests:
@@ -223,7 +281,7 @@ class _DirectRequests:
     def __init__(self, asked: requests.Response, endpoint: str, credentials: Any) -> None:
         from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
-        request, adapter = asked.request, asked.connection
+        self.request, self.adapter = request, adapter = asked.request, asked.connection
         url = str(request.url)
         verify, certificate = credentials.verify, credentials.client_cert_path
         settings = requests.Session().merge_environment_settings(url, {}, True, verify, certificate)
@@ -237,24 +295,35 @@ class _DirectRequests:
         self.timeout = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
 
     def open(self, endpoint: str, headers: Mapping[str, str]) -> BaseHTTPResponse | None:
-        """None for another answer than a file: then MLflow has to ask, with its own ways with redirects and logins."""
+        """None for a redirect or a refusal: then MLflow has to ask, with its own ways with redirects and logins."""
         answer: BaseHTTPResponse = self.pool.urlopen(
             *("GET", self.start + endpoint),
             headers={**self.headers, **headers},
             retries=self.retries,
             timeout=self.timeout,
             redirect=False,
+            # A proxy's connection carries requests for any host.
+            assert_same_host=False,
             preload_content=False,
             decode_content=False,
         )
-        if answer.status in _BODIES:
+        if answer.status in _BODIES or answer.status in self.retries.status_forcelist:
             return answer
         answer.close()
         return None
 
+    def response(self, endpoint: str, answer: BaseHTTPResponse) -> requests.Response:
+        """An answer as MLflow's own request would have had it."""
+        found: requests.Response = self.adapter.build_response(self.request, answer)
+        found.url = self.start + endpoint
+        return found
 
-def chunks(uri: str, answer: BaseHTTPResponse) -> Iterator[bytes]:
-    """The body of an answer, piece by piece. Raises as `resolve.resolve` does for errors of the network only."""
+
+def chunks(uri: str, path: str, answer: BaseHTTPResponse) -> Iterator[bytes]:
+    """The body of an answer, the file `path`, piece by piece.
+
+    Raises as `resolve.resolve` does for errors of the network only.
+    """
     encoded = is_encoded(answer)
     left = 0 if encoded else answer.length_remaining or 0
     connection = getattr(answer.connection, "sock", None)
@@ -262,7 +331,7 @@ def chunks(uri: str, answer: BaseHTTPResponse) -> Iterator[bytes]:
         connection = None
     least = 1
     # What the network does is explained; what who gets a chunk does with it, on a full disk for one, is not.
-    with explained(uri):
+    with explained(uri, path):
         began = time.monotonic()
         while chunk := answer.read1(CHUNK_BYTES, decode_content=encoded):
             left -= len(chunk)

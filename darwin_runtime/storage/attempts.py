@@ -54,13 +54,12 @@ class Deadline:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
-    def check(self, what: str) -> None:
-        """Raise `RoleError` once it has passed."""
+    def check(
+        self, what: str, kept: str = "what has arrived is kept for the next attempt, which goes on from there"
+    ) -> None:
+        """Raise `RoleError`, with what is `kept`, once it has passed."""
         if self.left() < 0:
-            raise RoleError(
-                f"{what}: not done within DOWNLOAD_TIMEOUT_SECONDS={self.seconds:g}; what has arrived is kept for the "
-                f"next attempt, which goes on from there"
-            )
+            raise RoleError(f"{what}: not done within DOWNLOAD_TIMEOUT_SECONDS={self.seconds:g}; {kept}")
 
     def left(self) -> float:
         """Seconds; below zero once it has passed."""

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from darwin_runtime.errors import ConfigError, RoleError
-from darwin_runtime.storage import digest, disk, resolve
-from darwin_runtime.storage.artifacts import RESERVED
+from darwin_runtime.storage import access, digest, disk, resolve
+from darwin_runtime.storage.artifacts import PARTS
 from darwin_runtime.storage.attempts import Deadline, RetryPolicy, retry
 from darwin_runtime.storage.manifest import Manifest
 from darwin_runtime.storage.transfer import Transfer
@@ -39,9 +39,9 @@ def fetch_model(uri: str, destination: Path) -> None:
 
     Raises `ConfigError` for a URI of no known form, `RoleError` when it can't be had or put there.
     """
-    if why := resolve.check_uri(uri):
+    if why := access.check_uri(uri):
         raise ConfigError([f"{uri!r} {why}"])
-    parts = destination / f"{RESERVED}parts"
+    parts = destination / PARTS
     try:
         source = retry(partial(resolve.resolve, uri), RetryPolicy())
         manifest = download(Transfer(source, destination, parts, RetryPolicy(), Deadline(TIMEOUT_SECONDS)))

@@ -67,15 +67,13 @@ def read(output: Path) -> Record | None:
         return None
 
 
-def current_record(
-    output: Path, verify: str = "size", *, model_uri: str | None = None, key: str | None = None
-) -> Record | None:
-    """The record of the model at the output, if that is a whole copy, and is of `model_uri` or has `key`, where given.
+def current_record(output: Path, verify: str = "size", *, key: str | None = None) -> Record | None:
+    """The record of the model at the output, if that is a whole copy, and has `key`, where given.
 
     The files themselves are looked at, as far as `verify` says, and last; what is only linked is no copy.
     """
     record = read(output)
-    if record is None or key not in (None, record.key) or model_uri not in (None, record.manifest.model_uri):
+    if record is None or key not in (None, record.key):
         return None
     return record if _is_whole(output, record, verify) else None
 

@@ -206,7 +206,7 @@ def _stream(part: Part, file: RemoteFile, source: Source, answer: BaseHTTPRespon
     named = f"{file.path} of {source.uri}"
     since, before = time.monotonic(), part.size
     with part.open() as target:
-        for chunk in chunks(source.uri, answer):
+        for chunk in chunks(source.uri, file.path, answer):
             check()
             part.add(target, chunk)
             if file.size is not None and part.size > file.size:

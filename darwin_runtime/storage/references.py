@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from darwin_runtime.redact import mask_uri
@@ -65,28 +66,33 @@ def drop_dangling(cache: Cache, age: float) -> None:
                 path.unlink()
 
 
-def set_ref(cache: Cache, tracking_uri: str, model_uri: str, key: str) -> None:
-    """Remember what a URI resolved to, for when the tracking server can't be asked."""
-    path = _ref(cache, tracking_uri, model_uri)
+def set_ref(cache: Cache, place: Mapping[str, str], model_uri: str, key: str) -> None:
+    """Remember what a URI resolved to at a `place` (`access.place`), for when the tracking server can't be asked."""
+    path = _ref(cache, place, model_uri)
     if _referred(path) == key:
         os.utime(path, follow_symlinks=False)  # for which there is room on a full volume
     else:
         disk.write_atomically(path, json.dumps({"key": key}))
 
 
-def find_ref(cache: Cache, tracking_uri: str, model_uri: str) -> tuple[str, float] | None:
-    """The key that was last resolved for a URI, and how many seconds ago; None when it never was."""
-    path = _ref(cache, tracking_uri, model_uri)
+def find_ref(cache: Cache, place: Mapping[str, str], model_uri: str) -> tuple[str, float] | None:
+    """The key that was last resolved for a URI there, and how many seconds ago; None when it never was."""
+    path = _ref(cache, place, model_uri)
     with contextlib.suppress(OSError):
         if key := _referred(path):
             return key, max(0.0, cache.now() - path.lstat().st_mtime)
     return None
 
 
-def _ref(cache: Cache, tracking_uri: str, model_uri: str) -> Path:
-    # Who reads the name of a file has no use for a login in either.
-    digest = hashlib.sha256(f"{mask_uri(tracking_uri)}\n{mask_uri(model_uri)}".encode()).hexdigest()
-    return cache.root / REFS / f"{digest}.json"
+def _ref(cache: Cache, place: Mapping[str, str], model_uri: str) -> Path:
+    where = dict(place)
+    # A ref of a tracking server alone has the name that it had before anything else was part of the place.
+    names = [
+        where.pop("MLFLOW_TRACKING_URI", ""),
+        mask_uri(model_uri),
+        *(f"{name}={where[name]}" for name in sorted(where)),
+    ]
+    return cache.root / REFS / f"{hashlib.sha256(chr(10).join(names).encode()).hexdigest()}.json"
 
 
 def _referred(ref: Path) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import urllib.parse
 import warnings
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -12,44 +10,15 @@ from typing import Any
 from darwin_runtime import mlflow_import
 from darwin_runtime.errors import RoleError
 from darwin_runtime.redact import mask_uri
-from darwin_runtime.settings import Reader
-from darwin_runtime.storage import attempts
+from darwin_runtime.storage import access, attempts, login
+from darwin_runtime.storage.access import check_uri
 from darwin_runtime.storage.artifacts import ArtifactStore, Source, digest_of_model_file, walk
 from darwin_runtime.storage.attempts import RetryPolicy
 from darwin_runtime.storage.manifest import MODEL_FILE
-from darwin_runtime.storage.store_errors import explained, needs_tracking
+from darwin_runtime.storage.store_errors import explained
 
-MODEL_URI_EXAMPLE = "models:/my-model/3"
-
-
-def check_uri(uri: str) -> str | None:
-    """What is wrong with the form of a model URI; None when nothing is."""
-    scheme, _, rest = uri.partition(":/")
-    if scheme == "models" and not rest.startswith("/"):
-        name, *more = rest.rstrip("/").split("/")
-        if len(more) > 1 or not name or (more and not more[0]) or name.endswith("@") or name.startswith("@"):
-            return "must name a model and a version, alias or stage (models:/name/3, models:/name@champion)"
-        if not more and "@" not in name and not name.startswith("m-"):
-            return "names no version, alias or stage (models:/name/3, models:/name@champion, models:/name/latest)"
-    if scheme in ("model", "run"):
-        return f"has the unknown scheme {scheme}:, {scheme}s: is probably meant"
-    if scheme == "runs" and not rest.strip("/").partition("/")[2]:
-        return "must name a run and the artifact path of the model in it (runs:/<run id>/model)"
-    return None
-
-
-def check_access(read: Reader, variable: str, uri: str) -> None:
-    """Read what `uri`, given as `variable`, needs to be found; problems with it or with them are added to `read`."""
-    if uri and (why := check_uri(uri)):
-        read.problem(variable, why, example=MODEL_URI_EXAMPLE)
-    tracking_uri = read.text("MLFLOW_TRACKING_URI")
-    if not tracking_uri and needs_tracking(uri):
-        read.problem("MLFLOW_TRACKING_URI", f"is needed to resolve {uri}", example="http://mlflow:5000")
-    # MLflow takes host:port for a scheme, or for a path.
-    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", tracking_uri):
-        read.problem("MLFLOW_TRACKING_URI", "must be a URL", example=f"http://{tracking_uri}")
-    read.text("MLFLOW_TRACKING_USERNAME")
-    read.text("MLFLOW_TRACKING_PASSWORD")
+# A source that is a URI of MLflow's own, again and again, goes round in circles.
+MAX_WRAPPED = 4
 
 
 def resolve(uri: str) -> Source:
@@ -59,8 +28,10 @@ def resolve(uri: str) -> Source:
     model is there.
     """
     with explained(uri):
-        repository, root, identity = _locate(uri)
-        _check_host(uri, repository)
+        mlflow_import.prepare()
+        login.guard(uri)
+        repository, root, resolved = _locate(uri)
+        identity = access.identify(uri, resolved)
         store = ArtifactStore(uri, repository, root)
         files, directories = store.list()
         listing = [(file.path, file.size) for file in files] + [(f"{name}/", None) for name in directories]
@@ -87,82 +58,66 @@ def resolve_within(seconds: float, uri: str, policy: RetryPolicy) -> Source:
 def _no_model(uri: str, names: Sequence[str]) -> RoleError:
     if not names:
         return RoleError(f"no MLflow model at {uri}: nothing is there")
-    nested = next((name for name in names if name.endswith(f"/{MODEL_FILE}")), None)
-    hint = f"; there is one at {nested}, ask for {uri.rstrip('/')}/{PurePosixPath(nested).parent}" if nested else ""
+    hint = ""
+    if nested := next((name for name in names if name.endswith(f"/{MODEL_FILE}")), None):
+        inner = f"{uri.rstrip('/')}/{PurePosixPath(nested).parent}"
+        # The registry's URIs have no path of a directory in them.
+        remedy = "register a version with that directory as its source" if check_uri(inner) else f"ask for {inner}"
+        hint = f"; there is one at {nested}, {remedy}"
     return RoleError(f"no MLflow model at {uri}: no {MODEL_FILE} among its {len(names)} files{hint}")
 
 
-def _locate(uri: str) -> tuple[Any, str, dict[str, str]]:
-    """The artifact repository of a model, the model's path in it, and the identity it resolved to."""
-    mlflow_import.prepare()
+def _locate(uri: str, depth: int = 0) -> tuple[Any, str, dict[str, str]]:
+    """The artifact repository of a model, the model's path in it, and what it resolved to."""
     from mlflow import MlflowClient, get_registry_uri
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+    if depth > MAX_WRAPPED:
+        raise RoleError(f"the source of a model version is {uri}, which leads to sources in a circle: register it anew")
     scheme, _, rest = uri.partition(":/")
-    if rest.startswith("/"):
+    if rest.startswith("/") or scheme not in ("models", "runs"):
+        if depth:
+            login.check_source(uri)
         return get_artifact_repository(uri), "", {"uri": mask_uri(uri)}
     rest = rest.strip("/")
-    if scheme == "models":
-        client = MlflowClient()
-        name, _, suffix = rest.partition("/")
-        if not suffix and "@" not in name:
-            return _logged_model(client.get_logged_model(name))
-        version = _pinned(client, name, suffix)
-        repository = get_artifact_repository(f"models:/{version.name}/{version.version}")
-        identity = {
-            "registry": mask_uri(get_registry_uri()),
-            "name": version.name,
-            "version": str(version.version),
-            "created": str(version.creation_timestamp),
-            "source": mask_uri(str(version.source)),
-            "run": version.run_id or "",
-        }
-        return repository, "", identity
+    client = MlflowClient()
     if scheme == "runs":
         run_id, _, path = rest.partition("/")
-        client = MlflowClient()
         info = client.get_run(run_id).info
         # MLflow 3 keeps a run's models apart from its artifacts, under the same path.
         name, _, inner = path.partition("/")
         if model := _model_of_run(client, run_id, info.experiment_id, name):
-            repository, _, identity = _logged_model(model)
-            return repository, inner, {**identity, "path": inner}
-        return get_artifact_repository(info.artifact_uri), path, {"run": run_id, "path": path}
-    return get_artifact_repository(uri), "", {"uri": mask_uri(uri)}
+            repository, _, resolved = _logged_model(model, depth)
+            return repository, inner, {**resolved, "path": inner}
+        repository, _, _ = _locate(info.artifact_uri, depth + 1)
+        return repository, path, {"run": run_id, "path": path}
+    name, _, suffix = rest.partition("/")
+    if not suffix and "@" not in name:
+        return _logged_model(client.get_logged_model(name), depth)
+    version = _pinned(client, name, suffix)
+    registry = get_registry_uri()
+    resolved = {
+        "registry": mask_uri(registry),
+        "name": version.name,
+        "version": str(version.version),
+        "created": str(version.creation_timestamp),
+        "source": mask_uri(str(version.source)),
+        "run": version.run_id or "",
+    }
+    if registry.startswith(("databricks", "uc:")):
+        repository = get_artifact_repository(f"models:/{version.name}/{version.version}").repo
+        # Unity Catalog brings no files itself: it names a store, and lends a login for it.
+        if hasattr(repository, "_get_artifact_repo"):
+            repository = repository._get_artifact_repo()
+        return repository, "", resolved
+    source = client.get_model_version_download_uri(version.name, version.version)
+    repository, root, _ = _locate(source, depth + 1)
+    return repository, root, resolved
 
 
-def _check_host(uri: str, repository: Any) -> None:
-    """Raise `RoleError` where a login would go to a host that the registry chose, and the user never named.
-
-    MLflow sends it to every HTTP server that a model's source names, and who may register models may name any.
-    """
-    from mlflow import get_registry_uri, get_tracking_uri
-    from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
-
-    inner = getattr(repository, "repo", repository)
-    if not isinstance(inner, HttpArtifactRepository) or not uri.startswith(("models:", "runs:")):
-        return
-    credentials = inner._host_creds
-    login = credentials.username or credentials.token or credentials.auth or credentials.aws_sigv4
-    there = urllib.parse.urlsplit(inner.artifact_uri)
-    if login and _origin(inner.artifact_uri) not in (_origin(get_tracking_uri()), _origin(get_registry_uri())):
-        raise RoleError(
-            f"cannot read {uri}: its files are said to be at {mask_uri(inner.artifact_uri)}, which is not the host of "
-            f"MLFLOW_TRACKING_URI and so is not sent its login. If that host is yours, ask it for the files directly: "
-            f"mlflow-artifacts://{there.netloc.rpartition('@')[2]}/..."
-        )
-
-
-def _origin(uri: str) -> tuple[str, str | None, int | None]:
-    found = urllib.parse.urlsplit(uri)
-    return found.scheme, found.hostname, found.port or {"http": 80, "https": 443}.get(found.scheme)
-
-
-def _logged_model(model: Any) -> tuple[Any, str, dict[str, str]]:
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    identity = {"model_id": model.model_id, "created": str(model.creation_timestamp)}
-    return get_artifact_repository(model.artifact_location), "", identity
+def _logged_model(model: Any, depth: int) -> tuple[Any, str, dict[str, str]]:
+    repository, root, _ = _locate(model.artifact_location, depth + 1)
+    return repository, root, {"model_id": model.model_id, "created": str(model.creation_timestamp)}
 
 
 def _pinned(client: Any, name: str, suffix: str) -> Any:

@@ -144,7 +144,7 @@ class Transfer:
                         found[file.path] = file
                         if part:
                             arrived[file.path] = part
-                self.deadline.check(f"download of {self.source.uri}")
+                self._check_time()
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     self._commit(arrived)
                     committed = time.monotonic()
@@ -214,7 +214,15 @@ class Transfer:
     def _check(self) -> None:
         if self._stop.is_set():
             raise _Stopped
-        self.deadline.check(f"download of {self.source.uri}")
+        self._check_time()
+
+    def _check_time(self) -> None:
+        # A store without a validator, as every store that its own library reads, sends a file from its start.
+        if all(part.validator for part in self._arriving.copy()):
+            self.deadline.check(f"download of {self.source.uri}")
+        else:
+            kept = "files that have arrived whole are kept for the next attempt, the others begin anew"
+            self.deadline.check(f"download of {self.source.uri}", kept)
 
     def _wait(self, seconds: float) -> None:
         self._stop.wait(seconds)

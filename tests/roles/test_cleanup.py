@@ -295,14 +295,14 @@ def test_aliases_and_refs_go_with_their_entry(cache: Cache, api: ApiServer) -> N
     publish(cache, B, 30)
     references.set_alias(cache, C, A)
     references.set_alias(cache, D, B)
-    references.set_ref(cache, "http://mlflow", "models:/a/1", A)
-    references.set_ref(cache, "http://mlflow", "models:/b/1", B)
+    references.set_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/a/1", A)
+    references.set_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/b/1", B)
     for path in (cache.root / C, cache.root / D, *(cache.root / ".refs").iterdir()):
         os.utime(path, (0, 0), follow_symlinks=False)
     assert clean(cache.root, api).code == 0
     assert references.aliases(cache) == {C: A}
-    assert references.find_ref(cache, "http://mlflow", "models:/a/1") is not None
-    assert references.find_ref(cache, "http://mlflow", "models:/b/1") is None
+    assert references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/a/1") is not None
+    assert references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/b/1") is None
 
 
 def test_strangers_are_left_alone_and_listed(cache: Cache, api: ApiServer) -> None:

@@ -271,16 +271,16 @@ def test_a_manifest_that_overflows_is_no_manifest(text: str, cache: Cache) -> No
 
 
 def test_refs(cache: Cache) -> None:
-    assert references.find_ref(cache, "http://mlflow", "models:/m@a") is None
-    references.set_ref(cache, "http://mlflow", "models:/m@a", KEY)
-    found = references.find_ref(cache, "http://mlflow", "models:/m@a")
+    assert references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/m@a") is None
+    references.set_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/m@a", KEY)
+    found = references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/m@a")
     assert found is not None
     assert found[0] == KEY
-    assert references.find_ref(cache, "http://elsewhere", "models:/m@a") is None
+    assert references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://elsewhere"}, "models:/m@a") is None
     references.drop_dangling(cache, 3600)
-    assert references.find_ref(cache, "http://mlflow", "models:/m@a") is not None
+    assert references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/m@a") is not None
     references.drop_dangling(cache, -1)
-    assert references.find_ref(cache, "http://mlflow", "models:/m@a") is None
+    assert references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/m@a") is None
 
 
 def test_trash_and_back(cache: Cache) -> None:

@@ -337,10 +337,10 @@ def test_whatever_is_in_a_lock_or_a_ref_is_survived(text: bytes, cache: Cache) -
     assert holder.owner.isprintable()
     assert len(holder.owner) <= 500
     Waiting(KEY).log(holder)
-    references.set_ref(cache, "http://mlflow", "models:/m/1", KEY)
+    references.set_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/m/1", KEY)
     [ref] = (cache.root / ".refs").iterdir()
     ref.write_bytes(text)
-    assert references.find_ref(cache, "http://mlflow", "models:/m/1") is None
+    assert references.find_ref(cache, {"MLFLOW_TRACKING_URI": "http://mlflow"}, "models:/m/1") is None
     references.drop_dangling(cache, 0)
 
 

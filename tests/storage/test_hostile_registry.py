@@ -207,7 +207,7 @@ def test_directories_without_an_end(names: str, fetch: Fetch, tmp_path: Path) ->
 
     with (
         registry(answers={"/mlflow-artifacts/artifacts": listing}) as running,
-        pytest.raises(RoleError, match=r"not in it or too deep|more than 100000|Invalid path"),
+        pytest.raises(RoleError, match=r"not in it or too deep|more than 100000|unsafe name"),
     ):
         fetch(running)
     assert len(running.seen) < 200
@@ -307,18 +307,46 @@ def test_redirects_in_a_circle(fetch: Fetch) -> None:
     assert len(running.seen) < 200
 
 
-@pytest.mark.parametrize("source", ["mlflow-artifacts://{host}/m", "{url}/api/2.0/mlflow-artifacts/artifacts/m"])
-def test_a_source_elsewhere_is_not_sent_the_login(source: str, tmp_path: Path) -> None:
-    """Whoever may register a model may name any host as the place of its files."""
+RUN, LOGGED = "a" * 32, "m-" + "a" * 32
+
+
+def _wrapping(there: str) -> dict[str, Answer]:
+    """The answers for a run, and for a logged model, whose files are `there`."""
+    info = {"run_id": RUN, "run_uuid": RUN, "experiment_id": "7", "artifact_uri": there}
+    model = {"model_id": LOGGED, "experiment_id": "7", "name": "m", "artifact_uri": there, "creation_timestamp_ms": 1}
+    return {
+        "/runs/get": lambda handler: handler.json({"run": {"info": info, "data": {}}}),
+        "/logged-models/search": lambda handler: handler.json({"models": []}),
+        f"/logged-models/{LOGGED}": lambda handler: handler.json({"model": {"info": model}}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "inner"),
+    [
+        ("mlflow-artifacts://{host}/m", ""),
+        ("{url}/api/2.0/mlflow-artifacts/artifacts/m", ""),
+        (f"runs:/{RUN}/m", "mlflow-artifacts://{host}"),
+        (f"runs:/{RUN}/m", "{url}/api/2.0/mlflow-artifacts/artifacts/"),
+        (f"models:/{LOGGED}", "mlflow-artifacts://{host}/m"),
+    ],
+)
+@pytest.mark.parametrize("token", ["", "canary-t0ken"])
+def test_a_source_elsewhere_is_not_sent_the_login(source: str, inner: str, token: str, tmp_path: Path) -> None:
+    """Everyone who may register a model may name any host as the place of its files, also by way of a run."""
+    without = {"MLFLOW_TRACKING_USERNAME": "", "MLFLOW_TRACKING_PASSWORD": "", "MLFLOW_TRACKING_TOKEN": ""}
+    login = {**without, "MLFLOW_TRACKING_TOKEN": token} if token else {}
     with registry() as other, registry() as running:
-        running.source = source.format(url=other.url, host=urlsplit(other.url).netloc)
-        done = attempt(tmp_path, running)
+        named = {"url": other.url, "host": urlsplit(other.url).netloc}
+        running.source = source.format(**named)
+        running.answers = _wrapping(inner.format(**named))
+        done = attempt(tmp_path, running, **login)
         assert done.code == 1
         assert "is not the host of MLFLOW_TRACKING_URI and so is not sent its login" in done.last
         assert other.seen == []
         assert nothing(tmp_path)
         # Where there is no login, nothing is lost.
-        done = attempt(tmp_path, running, MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
+        done = attempt(tmp_path, running, **without)
         assert done.code == 0, done.err
         assert whole(tmp_path)
         # Nor where the user names the host.

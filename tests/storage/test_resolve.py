@@ -13,7 +13,7 @@ import pytest
 
 from darwin_runtime.errors import RoleError, StoreUnreachable
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import resolve
+from darwin_runtime.storage import access, resolve
 from darwin_runtime.storage.artifacts import RemoteFile, Source
 from darwin_runtime.storage.attempts import RetryPolicy
 from tests.conftest import free_port, http_server
@@ -132,7 +132,7 @@ def test_a_refused_host_name_is_told_from_a_missing_right(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("uri", ["mlflow:5000", "127.0.0.1:9", "host.name:80/prefix"])
 def test_a_tracking_uri_without_a_scheme_is_a_bad_setting(uri: str) -> None:
     read = Reader({"MLFLOW_TRACKING_URI": uri})
-    resolve.check_access(read, "MODEL_URI", "models:/m/1")
+    access.check_access(read, "MODEL_URI", "models:/m/1")
     [problem] = read.problems
     assert f"MLFLOW_TRACKING_URI=http://{uri}" in problem
 
@@ -140,7 +140,7 @@ def test_a_tracking_uri_without_a_scheme_is_a_bad_setting(uri: str) -> None:
 @pytest.mark.parametrize("uri", ["http://mlflow:5000", "https://h/p", "sqlite:////tmp/x.db", "databricks", "/mlruns"])
 def test_other_tracking_uris_are_mlflows_to_judge(uri: str) -> None:
     read = Reader({"MLFLOW_TRACKING_URI": uri})
-    resolve.check_access(read, "MODEL_URI", "models:/m/1")
+    access.check_access(read, "MODEL_URI", "models:/m/1")
     assert read.problems == []
 
 
@@ -211,7 +211,7 @@ def test_a_listing_does_not_choose_where_files_go(name: str) -> None:
         ([("a", 1), ("a", 1)], "a file twice: 'a'"),
         ([("a", 1), ("a/b", 1)], "'a' both as a file and as a directory"),
         ([("a", -1)], "'a' with -1 bytes"),
-        ([(".darwin-x/a", -1), ("b", -(10**30))], "'b' with -1"),
+        ([(".darwin-staging/a", -1), ("b", -(10**30))], "'b' with -1"),
     ],
 )
 def test_what_can_not_be_true_of_files_is_not_believed(files: list[tuple[str, int | None]], words: str) -> None:

@@ -12,13 +12,13 @@ GETTERS = ("text", "required", "choice", "flag", "integer", "number", "raw")
 ROLES = {
     "main": [
         "darwin_runtime/http/settings.py",
-        "darwin_runtime/storage/resolve.py",
+        "darwin_runtime/storage/access.py",
         "darwin_runtime/http/auth.py",
         "darwin_runtime/http/tls.py",
         "darwin_runtime/http/cors.py",
         "darwin_runtime/storage/digest.py",
     ],
-    "init": ["download.py", "darwin_runtime/storage/resolve.py", "darwin_runtime/storage/digest.py"],
+    "init": ["download.py", "darwin_runtime/storage/access.py", "darwin_runtime/storage/digest.py"],
     "cleanup": ["cleanup.py"],
     "every": ["darwin_runtime/logs.py"],
 }
