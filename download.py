@@ -23,18 +23,15 @@ from darwin_runtime import mlflow_import, resources
 from darwin_runtime.errors import ConfigError, NotACache, RoleError, StoreUnreachable
 from darwin_runtime.role import leave, log_settings, run_role
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import access, digest, disk, fetch, references, resolve
+from darwin_runtime.storage import access, cached_model, digest, disk, fetch, references, resolve
 from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage import output as output_module
 from darwin_runtime.storage.attempts import Deadline, RetryPolicy
 from darwin_runtime.storage.cache import Cache, make_key
-from darwin_runtime.storage.entry_check import Claim, EntryCheck
+from darwin_runtime.storage.cached_model import PATIENCE_SECONDS, Wanted, log_fallback
+from darwin_runtime.storage.entry_check import Claim
 from darwin_runtime.storage.manifest import Manifest
-from darwin_runtime.storage.single_flight import ensure_entry
 from darwin_runtime.storage.transfer import Transfer
-
-# So long MLflow is waited for, retries and all, where what the URI last resolved to is at hand.
-PATIENCE_SECONDS = 60.0
 
 logger = logging.getLogger("darwin.download")
 
@@ -54,6 +51,7 @@ class Settings:
     link_mode: str
     pod: str
     uid: str
+    rollout: str
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
@@ -77,14 +75,21 @@ class Settings:
             link_mode=read.choice("LINK_MODE", "symlink", ("symlink", "copy")),
             pod=read.text("POD_NAME", socket.gethostname()),
             uid=resources.pod_uid(),
+            rollout=read.text("POD_TEMPLATE_HASH"),
         )
         read.finish()
+        if settings.rollout and (why := cached_model.why_no_rollout(settings.rollout, read.raw("POD_NAME"))):
+            logger.warning("POD_TEMPLATE_HASH=%.100r %s, so this pod belongs to no rollout", settings.rollout, why)
+            settings = replace(settings, rollout="")
         # A digest that is asked for is one of bytes, whatever a manifest says.
         return replace(settings, verify="sha256") if required else settings
 
     @property
     def claim(self) -> Claim:
         return Claim(self.pod, self.uid, self.output, self.verify, self.required)
+
+    def wanted(self, deadline: Deadline) -> Wanted:
+        return Wanted(self.model_uri, self.rollout, self.claim, self.retry, deadline)
 
 
 def to_output(settings: Settings, deadline: Deadline) -> Manifest:
@@ -97,12 +102,12 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
     else:
         held = None
     try:
-        patience = _patience(deadline, fallback=held is not None)
+        patience = min(deadline.left(), PATIENCE_SECONDS) if held else deadline.left()
         source = resolve.resolve_within(patience, settings.model_uri, settings.retry)
     except StoreUnreachable as error:
         if held is None:
             raise
-        _fall_back(error, f"{settings.output} holds", held.manifest)
+        log_fallback(error, f"{settings.output} holds", held.manifest.resolved)
         return held.manifest
     key = make_key(source.identity, source.listing)
     # What was just found whole is not read again, and nothing is read of another model.
@@ -132,19 +137,8 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
             f"cannot write to CACHE_PATH {settings.cache} ({disk.explain(error)}); "
             f"mount the cache's volume there, writable by user {os.getuid()}"
         ) from error
-    place = access.place(settings.model_uri)
-    known = references.find_ref(cache, place, settings.model_uri)
-    try:
-        patience = _patience(deadline, fallback=known is not None and cache.has(known[0]))
-        source = resolve.resolve_within(patience, settings.model_uri, settings.retry)
-    except StoreUnreachable as error:
-        key = _last_known(cache, settings, known, error)
-    else:
-        key = ensure_entry(cache, source, settings.claim, settings.retry, deadline)
-        try:
-            references.set_ref(cache, place, settings.model_uri, key)
-        except OSError as error:  # the model is there all the same
-            logger.warning("what %s resolved to is not remembered: %s", settings.model_uri, disk.explain(error))
+    found = cached_model.find(cache, settings.wanted(deadline))
+    key = found.key
     cache.touch(key)
     if settings.deployment:
         references.set_alias(cache, references.make_alias(settings.deployment, settings.model_uri), key)
@@ -158,28 +152,6 @@ def _clear_other(settings: Settings) -> None:
     if record and digest.digest_of(record.manifest) != settings.required:
         logger.warning("%s holds a model that %s does not ask for: it is removed", settings.output, digest.NAME)
         output_module.clear(settings.output)
-
-
-def _patience(deadline: Deadline, *, fallback: bool) -> float:
-    """Seconds for MLflow to resolve the URI, in time to start from what is at hand if there is a `fallback`."""
-    return min(deadline.left(), PATIENCE_SECONDS) if fallback else deadline.left()
-
-
-def _last_known(cache: Cache, settings: Settings, ref: tuple[str, float] | None, error: StoreUnreachable) -> str:
-    """The key that MODEL_URI last resolved to, if its entry is whole; raises `error` otherwise."""
-    if ref is None:
-        raise RoleError(f"{error}; and the cache {settings.cache} has never held this URI's model") from error
-    key, age = ref
-    if not EntryCheck(cache, key, settings.claim)():
-        raise RoleError(f"{error}; and what it last resolved to, cache entry {key}, is not there whole") from error
-    what = f"{settings.model_uri} resolved {age / 3600:.1f} hours ago to cache entry {key}:"
-    _fall_back(error, what, cache.manifest(key))
-    return key
-
-
-def _fall_back(error: StoreUnreachable, what: str, manifest: Manifest) -> None:
-    resolved = " ".join(f"{name}={value}" for name, value in manifest.resolved.items())
-    logger.warning("%s. FALLING BACK to the model at hand, which may be an older one: %s %s", error, what, resolved)
 
 
 def _populate_output(cache: Cache, settings: Settings, key: str) -> None:

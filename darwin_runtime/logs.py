@@ -51,8 +51,8 @@ class JsonFormatter(TextFormatter):
         return json.dumps(line, default=str)
 
 
-def set_up_logging(read: Reader) -> Redactor:
-    """Send all logging to stderr as LOG_LEVEL, LOG_FORMAT, ENV and SERVICE_NAME say; return the redactor in use.
+def set_up_logging(read: Reader) -> None:
+    """Send all logging to stderr as LOG_LEVEL, LOG_FORMAT, ENV and SERVICE_NAME say, without secrets.
 
     Where one of them is unreadable, that is one of `read.problems`, and its default is used. Libraries log at INFO at
     most: their DEBUG lines hold whole requests.
@@ -76,7 +76,6 @@ def set_up_logging(read: Reader) -> Redactor:
     for client in ("urllib3", "botocore", "boto3", "s3transfer"):
         logging.getLogger(client).setLevel(logging.INFO if level == "debug" else logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of stores in databases: each migration step
-    return redact
 
 
 def format_bytes(size: float) -> str:

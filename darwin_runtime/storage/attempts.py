@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 MAX_BACKOFF_SECONDS = 60.0
 
+# How often a log line says that an answer is waited for.
+WAITING_SECONDS = 10.0
+
 logger = logging.getLogger("darwin.fetch")
 
 
@@ -69,13 +72,18 @@ class Deadline:
 def run_with_timeout(seconds: float, action: Callable[[], T], what: str) -> T:
     """Run an `action` that knows no time limit, and leave it alone once it has taken so long.
 
-    Raises what it raises, and `StoreUnreachable` when it has not ended in time.
+    Raises what it raises, and `StoreUnreachable` when it has not ended in time. A log line says now and then that it is
+    waited for; `what` completes it.
     """
     ended: Future[T] = Future()
+    began = time.monotonic()
     if seconds > 0:
         threading.Thread(target=settle, args=(ended, action), name="timeout", daemon=True).start()
-    if not wait([ended], max(0.0, seconds)).done:
-        raise StoreUnreachable(f"{what}: no answer in time")
+    while not wait([ended], max(0.0, min(WAITING_SECONDS, began + seconds - time.monotonic()))).done:
+        waited = time.monotonic() - began
+        if waited >= seconds:
+            raise StoreUnreachable(f"cannot {what} within {seconds:.0f} s: no answer in time")
+        logger.info("waiting to %s: %.0f s of %.0f", what, waited, seconds)
     return ended.result()
 
 

@@ -9,7 +9,8 @@
       <alias> -> <key>                     a name that can be computed without asking MLflow
       .leases/<pod>.<uid>.<whose>.<key>.<random>
                                            a pod's OUTPUT_PATH uses <key>; empty, so that it fits on a full volume
-      .refs/<digest>.json                  (tracking URI, model URI) -> the key it last resolved to
+      .refs/<digest>.json                  (place, model URI) -> the key it last resolved to
+      .pins/                               the pins of rollouts: a cache of their own, see `pins`
       .locks/<key>                         who is downloading it; the mtime is the downloader's heartbeat
       .staging/<key>.<random>/             a download under way
         model/                             its files that have arrived whole
@@ -54,7 +55,8 @@ _TAG = f"{TAG_SIGNATURE}\n# MLflow models shared between pods; cleanup.py remove
 KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 MANIFEST, MODEL, PARTS, LAST_USED = "manifest.json", "model", "parts", "last_used"
-INNER = LEASES, REFS, LOCKS, STAGING, TRASH = ".leases", ".refs", ".locks", ".staging", ".trash"
+LEASES, REFS, LOCKS, STAGING, TRASH, PINS = ".leases", ".refs", ".locks", ".staging", ".trash", ".pins"
+INNER = LEASES, REFS, LOCKS, STAGING, TRASH, PINS
 _PLANNED, _DOOMED = ".planned", ".doomed"
 _LEASE = re.compile(r"(?P<pod>.+)\.(?P<uid>[0-9a-f-]{36}|-)\.[0-9a-f]{16}\.(?P<key>[0-9a-f]{64})\.[0-9a-f]{16}")
 
@@ -153,17 +155,19 @@ def is_key(name: str) -> bool:
 class Cache:
     """A cache directory. Use `prepare` to write to it, `find` to look after an existing one."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, inner: Sequence[str] = INNER) -> None:
+        """`inner` are the directories of its own that it has."""
         self.root = root
+        self.inner = inner
 
     @classmethod
-    def prepare(cls, root: Path) -> Cache:
+    def prepare(cls, root: Path, inner: Sequence[str] = INNER) -> Cache:
         """Make `root` a cache if it is not one yet. Raises `NotACache`, and `OSError` where it can't be made."""
-        cache = cls(root)
+        cache = cls(root, inner)
         root.mkdir(parents=True, exist_ok=True)
         if not cache._is_tagged():
             disk.write_atomically(root / TAG_NAME, _TAG)
-        for name in INNER:
+        for name in inner:
             (root / name).mkdir(exist_ok=True)
         cache._check_inside()
         return cache
@@ -192,7 +196,7 @@ class Cache:
         )
 
     def _check_inside(self) -> None:
-        for name in INNER:
+        for name in self.inner:
             path = self.root / name
             # What is deleted below these must be the cache's own.
             if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -389,7 +393,7 @@ class Cache:
         before = self.now() - ABANDONED_SECONDS
         found = [path for path in self.inside(STAGING) if key_of(path)]
         found += [*self.inside(LOCKS), *(path for path in trash if path.name.endswith(_PLANNED))]
-        for directory in (self.root, *(self.root / inner for inner in INNER)):
+        for directory in (self.root, *(self.root / inner for inner in self.inner)):
             found += [directory / name for name in os.listdir(directory) if disk.is_temporary(name)]
         for path in found:
             with contextlib.suppress(FileNotFoundError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from darwin_runtime.errors import RoleError
 from darwin_runtime.logs import format_bytes
+from darwin_runtime.role import at_sigterm
 from darwin_runtime.storage import disk
 from darwin_runtime.storage.cache import (
     LAST_USED,
@@ -90,7 +91,9 @@ class Lock:
         thread = threading.Thread(target=run, name="heartbeat", daemon=True)
         thread.start()
         try:
-            yield
+            # Others need not wait until this one counts as dead.
+            with at_sigterm(lambda: self._write(0, 0, released=True, sync=False)):
+                yield
         finally:
             stop.set()
             thread.join()
@@ -114,14 +117,15 @@ class Lock:
         finally:
             os.close(self._descriptor)
 
-    def _write(self, arrived: int, total: int, *, released: bool) -> None:
+    def _write(self, arrived: int, total: int, *, released: bool, sync: bool = True) -> None:
         state = {"owner": self.owner, "released": released, "arrived": arrived, "total": total}
         content = json.dumps(state).encode()
         # Taken over, or on a full volume, it is still the downloader's right to go on.
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, content, 0)
             os.ftruncate(self._descriptor, len(content))
-            os.fsync(self._descriptor)
+            if sync:
+                os.fsync(self._descriptor)
 
 
 def try_lock(cache: Cache, key: str, owner: str) -> Lock | LockState:

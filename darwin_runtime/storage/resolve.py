@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -46,7 +47,8 @@ def resolve(uri: str) -> Source:
 
 def resolve_within(seconds: float, uri: str, policy: RetryPolicy) -> Source:
     """Resolve with retries, and for `seconds` at most. Raises as `resolve` does."""
-    what = f"cannot resolve {uri}, for which there are {seconds:.0f} s of DOWNLOAD_TIMEOUT_SECONDS"
+    where = f"the tracking server {mask_uri(os.environ.get('MLFLOW_TRACKING_URI', ''))}"
+    what = f"resolve {uri} by {where if access.needs_tracking(uri) else 'its store'}"
 
     def action() -> Source:
         mlflow_import.prepare(tables=False)

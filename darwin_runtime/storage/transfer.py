@@ -80,7 +80,7 @@ class Transfer:
         for directory in (self.model, self.parts):
             directory.mkdir(parents=True, exist_ok=True)
         self._left = parts.left_in(self.parts)
-        what = f"cannot list {self.source.uri} before DOWNLOAD_TIMEOUT_SECONDS are over"
+        what = f"list {self.source.uri}"
         files = attempts.run_with_timeout(
             self.deadline.left(), lambda: attempts.retry(self.source.files, self.retry), what
         )

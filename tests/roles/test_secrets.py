@@ -166,7 +166,9 @@ def test_of_a_server_that_can_not_be_had_its_model(name: str, api: ApiServer) ->
         settings = {**SECRETS, **QUICK, **given, "MLFLOW_MODEL_URI": given["MODEL_URI"]}
         settings |= {"MLFLOW_TRACKING_PASSWORD": "", "MLFLOW_TRACKING_TOKEN": "", "PORT": 0, "HOST": "127.0.0.1"}
         if name in ("nobody", "500"):
-            settings["MLFLOW_MODEL_URI"] = f"http://{login('MODEL_URI', '127.0.0.1:1')}:bad/api/2.0/mlflow-artifacts/artifacts/x"
+            settings["MLFLOW_MODEL_URI"] = (
+                f"http://{login('MODEL_URI', '127.0.0.1:1')}:bad/api/2.0/mlflow-artifacts/artifacts/x"
+            )
         done = run_role("darwin_serve.py", **settings)
     assert done.code == 1, done.err
     assert leaked(done.out, done.err) == set()

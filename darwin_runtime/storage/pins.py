@@ -1,0 +1,110 @@
+"""The pins of rollouts: every pod of one ReplicaSet serves what its first pod found.
+
+A pin is a directory that holds one file. It appears by one rename, so of several pods the first one wins. It disappears
+by one rename, after an announcement that a pod can veto: pins live in a cache of their own, `<cache>/.pins`, by the
+rules of `cache`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from darwin_runtime.errors import RoleError
+from darwin_runtime.storage import disk
+from darwin_runtime.storage.cache import LOCKS, MAX_NOTE_BYTES, PINS, STAGING, TAKEN, TRASH, Cache, is_key, parse_note
+
+FILE = "pin.json"
+
+_INNER = (LOCKS, STAGING, TRASH)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a rollout serves: a key, what it resolved to, and whether that was a fall-back. `rollout` is the hash."""
+
+    rollout: str
+    key: str
+    resolved: Mapping[str, str]
+    fallback: bool
+
+
+def prepare(cache: Cache) -> Cache:
+    """The pins of a cache, made if there are none yet."""
+    return Cache.prepare(cache.root / PINS, _INNER)
+
+
+def name(place: Mapping[str, str], model_uri: str, rollout: str) -> str:
+    """The name of the pin for what a URI means, asked at a `place` (`access.place`), to the pods of one rollout."""
+    content = json.dumps([sorted(place.items()), model_uri, rollout], separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def use(pins: Cache, pin_name: str) -> Pin | None:
+    """A pin, which then stays as long as the pod lives; None where there is none.
+
+    Raises `RoleError` for one that cannot be read.
+    """
+    there = pins.fingerprint(pin_name)
+    if there is None:
+        return None
+    path = pins.root / pin_name / FILE
+    try:
+        os.utime(path, follow_symlinks=False)
+        found = _parse(disk.read_small(path, MAX_NOTE_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RoleError(f"the pin {path} of this rollout cannot be read ({error}); delete its directory") from error
+    return found if pins.veto_removals(pin_name, there) else None
+
+
+def publish(pins: Cache, pin_name: str, pin: Pin) -> Pin:
+    """Pin a rollout; return the pin in force, which may be that of another pod."""
+    while True:
+        staging = pins.root / STAGING / f"{pin_name}.{secrets.token_hex(8)}"
+        staging.mkdir()
+        disk.write_atomically(staging / FILE, json.dumps(asdict(pin)))
+        try:
+            staging.rename(pins.root / pin_name)
+        except OSError as error:
+            if staging.exists():
+                if error.errno not in TAKEN:
+                    raise
+                pins.delete_tree(staging)
+        disk.sync(pins.root)
+        if found := use(pins, pin_name):
+            return found
+
+
+def unused(pins: Cache, age: float, rollouts: Collection[str]) -> Iterator[str]:
+    """The names of pins that nobody has used for `age` seconds, of none of the `rollouts` that have pods."""
+    before = pins.now() - age
+    for entry in sorted(os.listdir(pins.root)):
+        if is_key(entry):
+            path = pins.root / entry / FILE
+            try:
+                if path.lstat().st_mtime < before and _rollout(path) not in rollouts:
+                    yield entry
+            except FileNotFoundError:
+                continue
+
+
+def _rollout(path: os.PathLike[str]) -> str:
+    try:
+        return _parse(disk.read_small(path, MAX_NOTE_BYTES)).rollout  # type: ignore[arg-type]
+    except ValueError:
+        return ""
+
+
+def _parse(text: bytes) -> Pin:
+    """Raises `ValueError` for what is no pin."""
+    found = parse_note(text)
+    rollout, key, resolved = found.get("rollout"), found.get("key"), found.get("resolved")
+    if not (isinstance(rollout, str) and isinstance(key, str) and is_key(key) and isinstance(resolved, dict)):
+        raise ValueError("it is no pin")
+    return Pin(rollout, key, {str(one): str(value) for one, value in resolved.items()}, found.get("fallback") is True)
