@@ -321,8 +321,8 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
                 f"NAMESPACE={settings.namespace} has no pods, while this one is in {home}; nothing is removed. "
                 f"Set NAMESPACE to the namespace of the pods that mount the cache, or leave it out"
             )
-        for pod in sorted(used.unmatched):
-            logger.warning("pod %s mounts the cache and uses an entry unknown, so every entry is kept", pod)
+        for line in used.warnings():
+            logger.warning("%s", line)
         entries, strange = cache.entries(cache.now())
         decisions = plan(entries, used, settings)
         for line in report(decisions, strange):
