@@ -16,9 +16,9 @@ is not a cache.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -28,18 +28,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
-
-from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
-from prometheus_client.exposition import basic_auth_handler, default_handler
 
 import k8s_client
 from darwin_runtime.errors import ApiError, ConfigError, NotACache, NotInCluster, RoleError
+from darwin_runtime.job_metrics import publish
 from darwin_runtime.logs import format_bytes
-from darwin_runtime.redact import hide
 from darwin_runtime.role import log_settings, run_role
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import disk, references
+from darwin_runtime.storage import disk, pins, references
 from darwin_runtime.storage.cache import ABANDONED_SECONDS, DAY, Cache, Entry, Lease, Removal
 from darwin_runtime.storage.usage import InUse, dead_leases, in_use
 
@@ -57,27 +53,17 @@ metadata: {{name: model-cache-cleanup, namespace: {namespace}}}
 rules:
   - apiGroups: [""]
     resources: [pods]
-    verbs: [list]"""
+    verbs: [list]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {{name: model-cache-cleanup, namespace: {namespace}}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: model-cache-cleanup}}
+subjects:
+  - {{kind: ServiceAccount, name: {account}, namespace: {home}}}"""
 
-JOB = "darwin_model_cache_cleanup"
-
-PUSH_TIMEOUT_SECONDS = 10.0
-
-# Name in the result -> name and meaning of the metric.
-_METRICS = {
-    "success": (f"{JOB}_success", "Whether the last run succeeded."),
-    "seconds": (f"{JOB}_duration_seconds", "How long the last run took."),
-    "removed": (f"{JOB}_removed_entries", "Entries that the last run removed, or would have in a dry run."),
-    "freed": (f"{JOB}_freed_bytes", "Bytes that the last run freed, or would have in a dry run."),
-    "spared": (f"{JOB}_spared_entries", "Entries that the last run left because a pod came to use them meanwhile."),
-    "restored": (f"{JOB}_restored_entries", "Entries that the last run put back."),
-    "failed": (f"{JOB}_failed_removals", "What the last run could not remove."),
-    "dry_run": (f"{JOB}_dry_run", "Whether the last run was a dry run."),
-    "entries": ("darwin_model_cache_entries", "Models in the cache when the last run began."),
-    "bytes": ("darwin_model_cache_size_bytes", "Size of the models in the cache when the last run began."),
-    "entries_in_use": ("darwin_model_cache_entries_in_use", "Models in the cache that pods use."),
-    "unknown": ("darwin_model_cache_unknown_entries", "What is in the cache and is none of its entries."),
-}
+# How the API server calls a service account.
+_ACCOUNT = re.compile(r"system:serviceaccount:(?P<home>[a-z0-9.-]+):(?P<account>[a-z0-9.-]+)")
 
 logger = logging.getLogger("darwin.cleanup")
 
@@ -243,7 +229,7 @@ class UsageListing:
             self.leases = self.cache.leases()
         except ApiError as error:
             namespace = self.settings.namespace
-            role = f"; the Role to add:\n{ROLE_TO_ADD.format(namespace=namespace)}" if error.code == 403 else ""
+            role = f"; add this Role and RoleBinding:\n{_role_to_add(error, namespace)}" if error.code == 403 else ""
             raise RoleError(
                 f"cannot list the pods of namespace {namespace}, so nothing is removed: {error}{role}"
             ) from error
@@ -254,6 +240,18 @@ class UsageListing:
             raise RoleError(f"cannot tell what is in use, so nothing is removed: {why}") from error
         known = references.all_names(self.cache)
         return in_use(self.pods, self.leases, known, self.listed, self.settings.pod, self.settings.cache)
+
+    def rollouts(self) -> tuple[set[str], float]:
+        """The hashes of the pod templates of all pods, and when their listing, a new one, began."""
+        self()
+        labels = (pod.get("metadata", {}).get("labels") or {} for pod in self.pods)
+        return {str(one["pod-template-hash"]) for one in labels if "pod-template-hash" in one}, self.listed
+
+
+def _role_to_add(error: ApiError, namespace: str) -> str:
+    known = _ACCOUNT.search(error.message)
+    names = known.groupdict() if known else {"account": "model-cache-cleanup", "home": namespace}
+    return ROLE_TO_ADD.format(namespace=namespace, **names)
 
 
 def report(decisions: Sequence[Decision], strange: Sequence[str]) -> Iterator[str]:
@@ -274,7 +272,8 @@ def tidy(cache: Cache, listing: UsageListing, used: InUse) -> int:
     for lease in dead_leases(listing.pods, listing.leases, listing.listed):
         logger.info("dropping the lease of %s, which is gone", lease.pod)
         done.append(_succeeds(partial(cache.drop_lease, lease), Path(lease.name)))
-    for path in list(cache.leftovers()):
+    known = pins.find(cache)
+    for path in [*cache.leftovers(), *(known.leftovers() if known else ())]:
         logger.info("removing %s, which a download or a cleanup left that is no more", path)
         done.append(_succeeds(partial(cache.delete_tree, path), path))
     return done.count(False)
@@ -321,8 +320,8 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
                 f"NAMESPACE={settings.namespace} has no pods, while this one is in {home}; nothing is removed. "
                 f"Set NAMESPACE to the namespace of the pods that mount the cache, or leave it out"
             )
-        for pod in sorted(used.unmatched):
-            logger.warning("pod %s mounts the cache and uses an entry unknown, so every entry is kept", pod)
+        for line in used.warnings():
+            logger.warning("%s", line)
         entries, strange = cache.entries(cache.now())
         decisions = plan(entries, used, settings)
         for line in report(decisions, strange):
@@ -335,6 +334,9 @@ def _clean(cache: Cache, settings: Settings, service_account: Path, environ: Map
             done = execute(decisions, cache, settings, listing)
             done["failed"] += failed
             references.drop_dangling(cache, DAY)
+            if known := pins.find(cache):
+                wait = partial(time.sleep, settings.grace_seconds)
+                pins.drop_unused(known, settings.ttl_days * DAY, listing.rollouts, wait)
     total = sum(entry.bytes for entry in entries)
     _summary("DRY_RUN, would remove" if settings.dry_run else "removed", done, entries, total)
     return {
@@ -351,44 +353,6 @@ def _summary(what: str, done: Counter[str], entries: Sequence[Entry], total: int
     back = "".join(f", {done[name]} {name}" for name in ("spared", "restored") if done[name])
     freed = f"{format_bytes(done['freed'])} of {format_bytes(total)} freed"
     logger.info("%s %d of %d entries%s: %s", what, done["removed"], len(entries), back, freed)
-
-
-def publish(result: Mapping[str, float], textfile: str, pushgateway: str) -> None:
-    """Print `result`, and write or push it where a place is given; what fails of that is only logged."""
-    sys.stdout.write(f"{json.dumps(result)}\n")
-    registry = metrics(result)
-    try:
-        if textfile:
-            write_to_textfile(textfile, registry)
-    except OSError as error:
-        logger.warning("cannot write METRICS_TEXTFILE=%s: %s", textfile, error)
-    try:
-        if pushgateway:
-            _push(pushgateway, registry)
-    except Exception as error:  # whatever it is, the cleanup is done
-        logger.warning("cannot push to PUSHGATEWAY_URL=%s: %s", hide(pushgateway), error)
-
-
-def _push(uri: str, registry: CollectorRegistry) -> None:
-    """`uri` may hold a user and a password; the scheme may be left out."""
-    found = urlsplit(uri if "://" in uri else f"http://{uri}")
-    where = found._replace(netloc=found.netloc.rpartition("@")[2]).geturl()
-    handler: Callable[..., Any] = default_handler
-    if found.username:
-        user, password = unquote(found.username), unquote(found.password or "")
-        handler = partial(basic_auth_handler, username=user, password=password)
-    push_to_gateway(where, JOB, registry, timeout=PUSH_TIMEOUT_SECONDS, handler=handler)
-
-
-def metrics(result: Mapping[str, float]) -> CollectorRegistry:
-    """The metrics of one run; what a failed run does not know is left out."""
-    registry = CollectorRegistry()
-    for name, (metric, text) in _METRICS.items():
-        if name in result:
-            Gauge(metric, text, registry=registry).set(result[name])
-    name, text = f"{JOB}_last_run_timestamp_seconds", "When the last run ended."
-    Gauge(name, text, registry=registry).set(time.time())
-    return registry
 
 
 def main(environ: Mapping[str, str] = os.environ, service_account: Path = k8s_client.SERVICE_ACCOUNT) -> int:

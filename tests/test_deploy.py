@@ -507,15 +507,18 @@ def test_the_cleanup_may_list_pods_and_nothing_else() -> None:
         "kind": "Role",
         "name": rights["metadata"]["name"],
     }
-    # What the log tells to add when the right is missing is the same Role.
-    told = yaml.safe_load(cleanup.ROLE_TO_ADD.format(namespace="models"))
-    assert told["rules"] == rights["rules"]
-    assert told["metadata"]["name"] == rights["metadata"]["name"]
+    # The log shows the same Role and RoleBinding where the right is missing.
+    text = cleanup.ROLE_TO_ADD.format(namespace="models", account=name, home="models")
+    role, bound = yaml.safe_load_all(text)
+    assert role["rules"] == rights["rules"]
+    assert role["metadata"]["name"] == rights["metadata"]["name"]
+    assert bound["roleRef"] == binding["roleRef"]
+    assert bound["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": "models"}]
 
 
-def test_the_cleanup_runs_one_at_a_time_and_ends() -> None:
+def test_a_cleanup_that_hangs_is_replaced_and_another_ends() -> None:
     spec = manifest("cleanup.yaml", "CronJob")["spec"]
-    assert spec["concurrencyPolicy"] == "Forbid"
+    assert spec["concurrencyPolicy"] == "Replace"
     grace = float(read_by("cleanup")["GRACE_SECONDS"] or "nan")
     assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] > 10 * grace
     assert pod("cleanup.yaml")["restartPolicy"] == "Never"

@@ -173,7 +173,7 @@ class Cache:
         return cache
 
     @classmethod
-    def find(cls, root: Path) -> Cache | None:
+    def find(cls, root: Path, inner: Sequence[str] = INNER) -> Cache | None:
         """The cache at `root`; None when the directory is empty. Raises `NotACache` for anything else."""
         if root.is_symlink():
             raise NotACache(f"{root} is a symbolic link; give the directory it points to ({root.resolve()})")
@@ -181,11 +181,11 @@ class Cache:
             raise NotACache(f"{root} is not a directory; mount the cache's volume there")
         if root.resolve() == Path("/"):
             raise NotACache("/ is the root of the file system, not a cache")
-        cache = cls(root)
+        cache = cls(root, inner)
         if cache._is_tagged():
             cache._check_inside()
             with contextlib.suppress(OSError):  # to look at it, it need not be writable
-                for name in INNER:
+                for name in inner:
                     (root / name).mkdir(exist_ok=True)
             return cache
         if set(os.listdir(root)) <= {"lost+found"}:

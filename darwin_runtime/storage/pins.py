@@ -7,18 +7,22 @@ rules of `cache`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from darwin_runtime.errors import RoleError
 from darwin_runtime.storage import disk
 from darwin_runtime.storage.cache import LOCKS, MAX_NOTE_BYTES, PINS, STAGING, TAKEN, TRASH, Cache, is_key, parse_note
 
 FILE = "pin.json"
+
+Listing = Callable[[], tuple[set[str], float]]
 
 _INNER = (LOCKS, STAGING, TRASH)
 
@@ -81,22 +85,52 @@ def publish(pins: Cache, pin_name: str, pin: Pin) -> Pin:
             return found
 
 
-def unused(pins: Cache, age: float, rollouts: Collection[str]) -> Iterator[str]:
-    """The names of pins that nobody has used for `age` seconds, of none of the `rollouts` that have pods."""
-    before = pins.now() - age
-    for entry in sorted(os.listdir(pins.root)):
-        if is_key(entry):
-            path = pins.root / entry / FILE
-            try:
-                if path.lstat().st_mtime < before and _rollout(path) not in rollouts:
-                    yield entry
-            except FileNotFoundError:
-                continue
+def find(cache: Cache) -> Cache | None:
+    """The pins of a cache; None where there have never been any. Raises as `Cache.find` does."""
+    root = cache.root / PINS
+    return Cache.find(root, _INNER) if root.is_dir() else None
 
 
-def _rollout(path: os.PathLike[str]) -> str:
+def drop_unused(
+    pins: Cache, age: float, listing: Callable[[], tuple[set[str], float]], wait: Callable[[], None]
+) -> int:
+    """Remove the pins that nobody has used for `age` seconds, of rollouts without pods; return how many.
+
+    `listing` returns the rollouts that have pods, and when the listing of the pods began, by the clock of the file
+    server. A pod that uses a pin meanwhile is in the second listing, or its use is seen, or it vetoes the removal.
+    """
+    for path, _ in pins.trash():
+        pins.delete_tree(path)
+    doomed = list(_unused(pins, age, *listing()))
+    if not doomed:
+        return 0
+    removals = [pins.announce(pin_name) for pin_name in doomed]
+    dropped = 0
     try:
-        return _parse(disk.read_small(path, MAX_NOTE_BYTES)).rollout  # type: ignore[arg-type]
+        wait()
+        still = set(_unused(pins, age, *listing()))
+        for removal in removals:
+            if removal.key in still and pins.commit(removal):
+                pins.delete_tree(removal.trash)
+                dropped += 1
+    finally:
+        for removal in removals:
+            pins.cancel(removal)
+    return dropped
+
+
+def _unused(pins: Cache, age: float, rollouts: Collection[str], listed: float) -> Iterator[str]:
+    before = min(pins.now() - age, listed)
+    for pin_name in sorted(filter(is_key, os.listdir(pins.root))):
+        path = pins.root / pin_name / FILE
+        with contextlib.suppress(FileNotFoundError):
+            if path.lstat().st_mtime < before and _rollout(path) not in rollouts:
+                yield pin_name
+
+
+def _rollout(path: Path) -> str:
+    try:
+        return _parse(disk.read_small(path, MAX_NOTE_BYTES)).rollout
     except ValueError:
         return ""
 

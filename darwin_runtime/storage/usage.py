@@ -1,25 +1,34 @@
-"""Which pods use which entries: by a lease, or by a name in a pod's environment or annotations."""
+"""Which pods use which entries: by a lease, or by a name in a pod's annotations, environment, commands or mounts."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from darwin_runtime.storage.cache import KEY, Lease
+from darwin_runtime.storage.cache import ABANDONED_SECONDS, KEY, Lease
+from darwin_runtime.storage.mounts import Place, containers, overlapping, places_of
 from darwin_runtime.storage.references import make_alias
 
 Pod = Mapping[str, Any]
 
+# From here on, the name in a lease may be the beginning of another pod's name.
+CUT_LENGTH = 63
+
+# The scripts of the CronJob, by the image's name and by that of Darwin's chart: they use no entry.
+_CLEANUPS = {"cleanup.py", "cleanup_cache.py"}
+_WORD = re.compile(r"[^\s;&|()<>'\"]+")
+
 
 @dataclass
 class InUse:
-    """Which entries pods use, by key, with the pods' names; and the pods that may use any."""
+    """The entries that pods use, by key, with the pods' names; and the pods that may use any, with their volume."""
 
     keys: dict[str, set[str]] = field(default_factory=dict)
-    unmatched: set[str] = field(default_factory=set)
+    unmatched: dict[str, str] = field(default_factory=dict)
 
     def reason(self, key: str) -> str | None:
         """Why the entry must stay; None when no pod uses it."""
@@ -29,38 +38,87 @@ class InUse:
             return f"may be in use by {', '.join(sorted(self.unmatched))}"
         return None
 
+    def warnings(self) -> Iterator[str]:
+        """A line for each pod that may use any entry."""
+        for pod, volume in sorted(self.unmatched.items()):
+            yield (
+                f"pod {pod} mounts the cache, in its volume {volume}, and names no entry, so every entry is kept; "
+                f"name the key of its entry in an annotation, mount another subPath, or delete the pod"
+            )
+
 
 def in_use(
     pods: Sequence[Pod], leases: Sequence[Lease], names: Mapping[str, str], listed: float, own: str, root: Path
 ) -> InUse:
-    """What the pods that have not ended use: by lease, or by a key or alias in their environment or annotations.
+    """What the pods that have not ended use: by lease, or by a key or alias that `_texts` finds.
 
     `names` maps every key and alias that exists to its key: checksums in annotations look like keys, too. `listed` is
     when the listing of the pods began, in the leases' time: a later lease is of a pod too new to be listed. A pod that
     mounts the cache at `root` and matches nothing may use anything, but not this one, whose name is `own`.
     """
     found = InUse()
-    by_pod: dict[str, set[str]] = {}
     for lease in leases:
-        by_pod.setdefault(lease.uid or lease.pod, set()).add(lease.key)
         if lease.written > listed:
             found.keys.setdefault(lease.key, set()).add(lease.pod)
-    claims = _claims(pods, own, root)
-    for pod in filter(_lives, pods):
+    this = _called(own, pods)
+    places = places_of(root, this or pods)
+    programs = [_program(one) for pod in this for one in containers(pod) if overlapping(pod, one, places)]
+    # In a pod of several programs it is not known which of them this is.
+    cleanup = programs[0] if len(programs) == 1 else []
+    for pod, held in _holders(pods, leases):
         name = _name(pod)
-        keys = {key for one in _identities(pod) for key in by_pod.get(one, ())}
+        keys = {lease.key for lease in held}
         keys |= {names[word] for text in _texts(pod) for word in KEY.findall(text) if word in names}
         for key in keys:
             found.keys.setdefault(key, set()).add(name)
-        if not keys and own not in _identities(pod) and claims.intersection(_volumes(pod).values()):
-            found.unmatched.add(name)
+        if not keys and this != [pod] and (volume := _volume_of_any(pod, places, cleanup)):
+            found.unmatched[name] = volume
     return found
 
 
 def dead_leases(pods: Sequence[Pod], leases: Sequence[Lease], listed: float) -> list[Lease]:
     """The leases, older than the listing of the pods, of pods that have ended or are gone."""
-    alive = {one for pod in filter(_lives, pods) for one in _identities(pod)}
-    return [lease for lease in leases if lease.written <= listed and (lease.uid or lease.pod) not in alive]
+    held = {lease for _, some in _holders(pods, leases) for lease in some}
+    return [lease for lease in leases if lease.written <= listed and lease not in held]
+
+
+def _holders(pods: Sequence[Pod], leases: Sequence[Lease]) -> Iterator[tuple[Pod, set[Lease]]]:
+    """The pods that have not ended, each with all leases that may be its own.
+
+    The kubelet's UID of a pod is not always the API server's: a virtual cluster has two, and a static pod shows none.
+    So a lease of a UID that no listed pod has counts for each pod of its name that has no lease of its own UID.
+    """
+    uids = Counter(_uid(pod) for pod in pods)
+    by_uid, by_name = defaultdict(set), defaultdict(set)
+    for lease in leases:
+        if lease.uid and lease.uid in uids:
+            by_uid[lease.uid].add(lease)
+        else:
+            for name in {lease.pod, _first_label(lease.pod)}:
+                by_name[name].add(lease)
+    shared = Counter(name for pod in pods for name in _names(pod))
+    for pod in filter(_lives, pods):
+        own = by_uid.get(_uid(pod), set())
+        named = {lease for name in _names(pod) for lease in by_name.get(name, ())}
+        if own:
+            yield pod, own | {lease for lease in named if not lease.uid}
+        elif len(_name(pod)) < CUT_LENGTH and shared[_name(pod)] == 1:
+            yield pod, named - _predecessors({lease for lease in named if lease.pod == _name(pod)})
+        else:
+            yield pod, named
+
+
+def _predecessors(leases: Set[Lease]) -> set[Lease]:
+    """Of the leases of one name, which no two pods have at a time, those of UIDs before the last one.
+
+    A pod that was deleted by force may write its lease after its successor's, so a day must lie in between.
+    """
+    last: dict[str, float] = {}
+    for lease in leases:
+        last[lease.uid] = max(lease.written, last.get(lease.uid, 0.0))
+    last.pop("", None)
+    before = max(last.values(), default=0.0) - ABANDONED_SECONDS
+    return {lease for lease in leases if lease.uid and last[lease.uid] < before}
 
 
 def _lives(pod: Pod) -> bool:
@@ -72,50 +130,92 @@ def _name(pod: Pod) -> str:
     return str(pod.get("metadata", {}).get("name", ""))
 
 
-def _identities(pod: Pod) -> set[str]:
-    """What a pod may call itself: its UID; its name, or its host's, cut to 63 characters."""
-    spec, metadata = pod.get("spec", {}), pod.get("metadata", {})
-    names = [_name(pod), spec.get("hostname"), spec.get("nodeName") if spec.get("hostNetwork") else None]
-    cut = {name[:63].rstrip("-.") for name in names if name}
-    return (cut | {_name(pod), str(metadata.get("uid", ""))}) - {""}
+def _uid(pod: Pod) -> str:
+    return str(pod.get("metadata", {}).get("uid", ""))
 
 
-def _containers(pod: Pod) -> Iterator[Mapping[str, Any]]:
-    for kind in ("initContainers", "containers", "ephemeralContainers"):
-        yield from pod.get("spec", {}).get(kind) or ()
+def _names(pod: Pod) -> set[str]:
+    """The names that a pod may have in its leases; one that ends with a dot is the beginning of a host's name."""
+    spec = pod.get("spec", {})
+    host = str(spec.get("hostname") or _name(pod))
+    node = str(spec.get("nodeName") or "") if spec.get("hostNetwork") else ""
+    given = [_environ(pod, container).get("POD_NAME", "") for container in containers(pod)]
+    # The host's name may have a domain that the node's does not have, or the other way round.
+    labels = [_first_label(node), _first_label(host) if spec.get("setHostnameAsFQDN") else ""]
+    return ({_cut(name) for name in (_name(pod), host, node, *given)} | {*labels}) - {"", "."}
+
+
+def _cut(name: str) -> str:
+    return name[:CUT_LENGTH].rstrip("-.")
+
+
+def _first_label(name: str) -> str:
+    return name.partition(".")[0].lower() + "."
+
+
+def _called(own: str, pods: Sequence[Pod]) -> list[Pod]:
+    """The pods with the name `own`; those whose host may be called so if there are none."""
+    named = [pod for pod in pods if own in (_name(pod), _cut(_name(pod)))]
+    return named or [pod for pod in pods if _names(pod) & {own, _first_label(own)}]
+
+
+def _environ(pod: Pod, container: Mapping[str, Any]) -> dict[str, str]:
+    """The variables of a container whose value is in the pod: literals, and the pod's name."""
+    found = {}
+    for one in container.get("env") or ():
+        at = ((one.get("valueFrom") or {}).get("fieldRef") or {}).get("fieldPath")
+        found[one["name"]] = _name(pod) if at == "metadata.name" else one.get("value") or ""
+    return found
 
 
 def _texts(pod: Pod) -> Iterator[str]:
-    """Where a pod may name an entry: environment and annotations; and the alias that its settings amount to."""
+    """The places where a pod may name an entry, and the alias that its settings amount to."""
     yield from (pod.get("metadata", {}).get("annotations") or {}).values()
-    for container in _containers(pod):
-        environ = {one["name"]: one.get("value") or "" for one in container.get("env") or ()}
-        yield from environ.values()
+    for container in containers(pod):
+        environ = _environ(pod, container)
+        yield from (*environ.values(), *_words(container))
+        yield from (mount.get("subPath") or "" for mount in container.get("volumeMounts") or ())
         if environ.get("DEPLOYMENT_NAME") and environ.get("MODEL_URI"):
             yield make_alias(environ["DEPLOYMENT_NAME"], environ["MODEL_URI"])
 
 
-# Volumes that no other pod can mount, or that hold no files of a pod's.
-_PRIVATE = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "image", "name", "projected", "secret"}
+def _words(container: Mapping[str, Any]) -> list[str]:
+    return [*(container.get("command") or ()), *(container.get("args") or ())]
 
 
-def _volumes(pod: Pod) -> dict[str, str]:
-    """A pod's volumes that other pods may mount too: name in the pod -> what it is, the same for all pods."""
-    return {
-        volume["name"]: json.dumps([kind, {**source, "readOnly": None}], sort_keys=True)
-        for volume in pod.get("spec", {}).get("volumes") or ()
-        for kind, source in volume.items()
-        if kind not in _PRIVATE and isinstance(source, Mapping)
-    }
+def _volume_of_any(pod: Pod, places: set[Place], cleanup: Sequence[Any]) -> str | None:
+    """The volume by which a pod without an entry may use any; None if it mounts none, or cannot use one yet.
+
+    A cleanup, such as the program `cleanup`, uses no entry. A download leases one first; behind it in a pending pod, no
+    later container has started.
+    """
+    mounting = [(one, volume) for one in containers(pod) if (volume := overlapping(pod, one, places))]
+    first = mounting[0][0] if mounting else {}
+    starts_with_it = first in (pod.get("spec", {}).get("initContainers") or ()) and _leases(pod, first)
+    if starts_with_it and pod.get("status", {}).get("phase") == "Pending":
+        return None
+    harmless = [_cleans(one) or _leases(pod, one) or (cleanup and _program(one) == cleanup) for one, _ in mounting]
+    return next((volume for (_, volume), fine in zip(mounting, harmless, strict=True) if not fine), None)
 
 
-def _claims(pods: Sequence[Pod], own: str, root: Path) -> set[str]:
-    """The volumes that may hold the cache: what this pod mounts there if it is among `pods`, else what any pod does."""
-    this = [pod for pod in pods if own in _identities(pod)]
-    return {
-        _volumes(pod)[mount["name"]]
-        for pod in this or pods
-        for container in _containers(pod)
-        for mount in container.get("volumeMounts") or ()
-        if mount["name"] in _volumes(pod) and root.is_relative_to(mount["mountPath"])
-    }
+def _program(container: Mapping[str, Any]) -> list[Any]:
+    """All that decides what a container runs; nothing where that is the image's default, as it is for a server."""
+    words = _words(container)
+    return [words, *(container.get(name) for name in ("image", "env", "envFrom"))] if words else []
+
+
+def _scripts(container: Mapping[str, Any]) -> set[str]:
+    """The Python scripts in a command, also in one for a shell."""
+    paths = [path for word in _words(container) for path in _WORD.findall(word)]
+    return {path.rpartition("/")[2] for path in paths if path.endswith(".py")}
+
+
+def _cleans(container: Mapping[str, Any]) -> bool:
+    return bool(scripts := _scripts(container)) and scripts <= _CLEANUPS
+
+
+def _leases(pod: Pod, container: Mapping[str, Any]) -> bool:
+    """Whether the container is the image's download through the cache, and its lease is sure to have the pod's name."""
+    environ = _environ(pod, container)
+    through_cache = _scripts(container) == {"download.py"} and environ.get("STORAGE_STRATEGY") == "pvc"
+    return through_cache and environ.get("POD_NAME") == _name(pod)

@@ -68,7 +68,7 @@ def test_plan(environ: dict[str, object], used: dict[str, set[str]], expected: s
 
 
 def test_an_unmatched_pod_pins_everything() -> None:
-    decisions = cleanup.plan([entry(D, 30)], InUse(unmatched={"mystery"}), settings(MAX_SIZE_GB=0.1))
+    decisions = cleanup.plan([entry(D, 30)], InUse(unmatched={"mystery": "cache"}), settings(MAX_SIZE_GB=0.1))
     assert removed(decisions) == []
     assert "mystery" in decisions[0].reason
 
@@ -103,10 +103,10 @@ def clean(cache: Path, api: ApiServer | None = None, **environ: object) -> Finis
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def lease(cache: Cache, name: str, key: str) -> None:
+def lease(cache: Cache, name: str, key: str, uid: str = "") -> None:
     """A lease written well before any listing."""
     before = set((cache.root / ".leases").iterdir())
-    cache.lease(name, "/models", key)
+    cache.lease(name, "/models", key, uid)
     [new] = set((cache.root / ".leases").iterdir()) - before
     os.utime(new, (0, 0))
 
@@ -245,6 +245,44 @@ def test_an_entry_named_without_a_lease_comes_back(cache: Cache, api: ApiServer)
     assert cache.damage(B) == []
     assert f"restored {B}: in use by late" in done.err
     assert done.last.endswith("removed 0 of 1 entries, 1 restored: 0 B of 1000 B freed")
+
+
+def test_a_pod_whose_uid_is_not_the_api_server_s_keeps_its_entry_and_lease(cache: Cache, api: ApiServer) -> None:
+    for key in (A, B):
+        publish(cache, key, 30)
+        lease(cache, "web" if key == A else "gone", key, uid="01234567-89ab-cdef-0123-456789abcdef")
+    api.pods = [pod("cleanup-1", **CACHE), pod("web", **CACHE)]
+    done = clean(cache.root, api, POD_NAME="cleanup-1")
+    assert done.code == 0, done.err
+    assert keys(cache) == "a"
+    assert [one.pod for one in cache.leases()] == ["web"]
+    assert "dropping the lease of gone, which is gone" in done.err
+
+
+def test_a_pod_that_uses_no_entry_keeps_none(cache: Cache, api: ApiServer) -> None:
+    """A pod with another directory of the volume, and a cleanup that hangs."""
+    publish(cache, B, 30)
+    here: dict[str, Any] = {"claim": "models", "mount_path": str(cache.root)}
+    own, hangs = (pod(name, deleted="2026-01-01T00:00:00Z", **here) for name in ("cleanup-1", "cleanup-0"))
+    other = pod("another-app", claim="models", mount_path="/data")
+    for each, inside in ((own, "cache"), (hangs, "cache"), (other, "another-app")):
+        each["spec"]["initContainers"] = []
+        each["spec"]["containers"][0]["volumeMounts"][0]["subPath"] = inside
+    hangs["spec"]["containers"][0]["command"] = ["python", "/app/cleanup.py"]
+    api.pods = [own, hangs, other]
+    done = clean(cache.root, api, POD_NAME="cleanup-1")
+    assert done.code == 0, done.err
+    assert keys(cache) == ""
+
+
+def test_a_pod_that_may_use_any_entry_is_named_with_its_volume(cache: Cache, api: ApiServer) -> None:
+    publish(cache, B, 30)
+    api.pods = [pod("backup", claim="models", mount_path=str(cache.root))]
+    done = clean(cache.root, api)
+    assert done.code == 0, done.err
+    assert keys(cache) == "b"
+    assert "pod backup mounts the cache, in its volume cache, and names no entry, so every entry is kept; " in done.err
+    assert "name the key of its entry in an annotation, mount another subPath, or delete the pod" in done.err
 
 
 def set_aside(cache: Cache, key: str) -> Path:
