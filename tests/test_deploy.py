@@ -355,7 +355,8 @@ def references(container: Manifest) -> dict[str, str]:
 
 
 def test_who_uses_the_cache_is_told_by_pod_name() -> None:
-    assert references(serving(PVC)[0]) == {"POD_NAME": "metadata.name"}
+    rollout = {"POD_TEMPLATE_HASH": "metadata.labels['pod-template-hash']"}
+    assert references(serving(PVC)[0]) == {"POD_NAME": "metadata.name"} | rollout
     assert references(containers(CLEANUP)[0]) == {"POD_NAME": "metadata.name"}
 
 
