@@ -1,4 +1,4 @@
-# docker build -t localhost:5000/serve-md-runtime:latest .
+# docker build -t localhost:5000/serve-md-runtime:0.1.0 .
 #
 # BASE_IMAGE          the Python to build on; models that were pickled load only in the minor version they were made with
 # FLAVORS             which model libraries to bring, each a lock in requirements/, such as "sklearn pytorch"

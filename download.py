@@ -2,9 +2,9 @@
 
 Settings (environment variables): MODEL_URI (required), OUTPUT_PATH, STORAGE_STRATEGY (emptydir, pvc), CACHE_PATH,
 MAX_RETRIES, BACKOFF_SECONDS, DOWNLOAD_TIMEOUT_SECONDS, VERIFY (size, sha256, off), REQUIRE_SHA256 (the digest that the
-model must have, see README), DEPLOYMENT_NAME, LINK_MODE (symlink, copy), POD_NAME, LOG_LEVEL, LOG_FORMAT, ENV,
-SERVICE_NAME, and whatever MLflow itself reads: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD,
-AWS_ACCESS_KEY_ID, ...
+model must have, see README), DEPLOYMENT_NAME, LINK_MODE (symlink, copy), POD_NAME, POD_TEMPLATE_HASH (the pod's
+rollout), LOG_LEVEL, LOG_FORMAT, ENV, SERVICE_NAME, and whatever MLflow itself reads: MLFLOW_TRACKING_URI,
+MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID, ...
 
 Exit codes: 0 the model is there; 1 it is not, trying again may help; 2 the settings are bad.
 """

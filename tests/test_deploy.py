@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import itertools
 import json
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,17 +16,15 @@ import jsonschema  # type: ignore[import-untyped]
 import kubernetes_validate  # type: ignore[import-untyped]
 import mlflow.environment_variables
 import pytest
-import trustme
 import yaml
 from packaging.requirements import Requirement
 
 import cleanup
 import download
 from darwin_runtime.http.endpoints import ROUTES
-from darwin_runtime.http.settings import Settings
 from darwin_runtime.model.diagnose import FLAVOR_OF_PACKAGE
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import fetch
+from darwin_runtime.storage import attempts
 from image import wheelhouse
 from tests.conftest import ROOT
 from tests.support.settings import read_by
@@ -37,8 +32,16 @@ from tests.support.settings import read_by
 DEPLOY = ROOT / "deploy"
 README = (ROOT / "README.md").read_text()
 REQUIREMENTS = ROOT / "requirements"
-FILES = sorted(path.name for path in DEPLOY.glob("*.yaml"))
-SERVING = ["emptydir.yaml", "pvc.yaml"]
+PVC, CACHE, CLEANUP = "base/pvc.yaml", "shared/cache.yaml", "shared/cleanup.yaml"
+SCALING, KSERVE = "base/scaling.yaml", "kserve/kserve.yaml"
+POLICIES = ["base/network.yaml", "shared/network.yaml"]
+SERVING = ["emptydir.yaml", PVC]
+FILES = sorted(
+    str(path.relative_to(DEPLOY)) for path in DEPLOY.rglob("*.yaml") if path.stem not in ("kustomization", "alerts")
+)
+KUSTOMIZATIONS = sorted(
+    str(path.relative_to(DEPLOY)) for path in DEPLOY.rglob("*") if path.stem.lower() == "kustomization"
+)
 
 # A role by the script that its container runs; the image's default is the main container's.
 ROLES = {"/app/download.py": "init", "/app/cleanup.py": "cleanup"}
@@ -142,10 +145,17 @@ EVERY_CONTAINER = [
 
 def test_every_file_is_in_the_readme() -> None:
     assert [file for file in FILES if f"(deploy/{file})" not in README] == []
-    assert (WITH_PODS, MAIN) == (
-        ["cleanup.yaml", "emptydir.yaml", "kserve.yaml", "pvc.yaml"],
-        ["emptydir.yaml", "kserve.yaml", "pvc.yaml"],
-    )
+    assert (WITH_PODS, MAIN) == ([PVC, "emptydir.yaml", KSERVE, CLEANUP], [PVC, "emptydir.yaml", KSERVE])
+
+
+@pytest.mark.parametrize("directory", [".", "base", "shared"])
+def test_a_directory_that_is_pasted_holds_nothing_that_a_cluster_lacks(directory: str) -> None:
+    """`kubectl apply -f` takes every file of these endings, and no other. Two of a name would undo each other."""
+    files = [path for path in (DEPLOY / directory).iterdir() if path.suffix in (".yaml", ".yml", ".json")]
+    documents = [one for path in files for one in yaml.safe_load_all(path.read_text())]
+    assert documents
+    assert [one["kind"] for one in documents if (one["apiVersion"], one["kind"]) in CUSTOM] == []
+    assert len({(one["kind"], one["metadata"]["name"]) for one in documents}) == len(documents)
 
 
 # Whether a cluster takes them
@@ -178,7 +188,8 @@ def items(schema: Manifest) -> Manifest:
 
 PROTOCOL = {"enum": ["v1", "v2", "grpc-v1", "grpc-v2"]}
 
-# What is no part of Kubernetes: those fields of KServe's resource definitions and of kustomize that are in use here.
+# What is no part of Kubernetes: those fields of KServe's and the Prometheus Operator's resource definitions that are in
+# use here.
 # Containers and volumes are validated as those of a pod.
 CUSTOM = {
     ("serving.kserve.io/v1alpha1", "ClusterServingRuntime"): resource(
@@ -216,12 +227,21 @@ CUSTOM = {
             }
         )
     ),
-    ("kustomize.config.k8s.io/v1beta1", "Kustomization"): fields(
-        {"apiVersion": TEXT, "kind": TEXT, "resources": items(TEXT)},
-        images=items(fields({"name": TEXT}, newName=TEXT, newTag=TEXT)),
-        patches=items(fields({"patch": TEXT})),
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): resource(
+        fields({"selector": fields({"matchLabels": TEXTS}), "endpoints": items(fields({"port": TEXT}))})
     ),
 }
+
+# The fields of kustomize that are in use here.
+KUSTOMIZATION = fields(
+    {},
+    apiVersion={"enum": ["kustomize.config.k8s.io/v1beta1", "kustomize.config.k8s.io/v1alpha1"]},
+    kind={"enum": ["Kustomization", "Component"]},
+    resources=items(TEXT),
+    namePrefix={"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?-$"},
+    labels=items(fields({"pairs": TEXTS, "includeSelectors": {"const": True}})),
+    patches=items(fields({"patch": TEXT})),
+)
 
 
 def validate(document: Manifest, version: str) -> None:
@@ -241,26 +261,31 @@ def test_kubernetes_takes_it(file: str, version: str) -> None:
         validate(document, version)
 
 
+@pytest.mark.parametrize("file", KUSTOMIZATIONS)
+def test_kustomize_takes_it(file: str) -> None:
+    jsonschema.validate(yaml.safe_load((DEPLOY / file).read_text()), KUSTOMIZATION)
+
+
 @pytest.mark.parametrize(
     ("file", "kind", "path", "value"),
     [
-        ("pvc.yaml", "Deployment", "spec.template.spec.containers.0.livenessProbes", {}),
-        ("pvc.yaml", "Deployment", "spec.template.spec.containers.0.env.0.value", 7),
-        ("pvc.yaml", "PersistentVolumeClaim", "spec.accessModes", "ReadWriteMany"),
-        ("cleanup.yaml", "CronJob", "spec.jobTemplate.spec.backoffLimit", "one"),
-        ("scaling.yaml", "HorizontalPodAutoscaler", "spec.targetCPUUtilizationPercentage", 80),
-        ("scaling.yaml", "HorizontalPodAutoscaler", "apiVersion", "autoscaling/v2beta1"),
-        ("scaling.yaml", "PodDisruptionBudget", "spec.selector", "model-server"),
-        ("network.yaml", "NetworkPolicy", "spec.egress.0.ports.0.number", 53),
-        ("kserve.yaml", "ClusterServingRuntime", "apiVersion", "serving.kserve.io/v1beta1"),
-        ("kserve.yaml", "ClusterServingRuntime", "spec.protocolVersions.0", "v3"),
-        ("kserve.yaml", "ClusterServingRuntime", "spec.supportedModelFormats.0.priority", 0),
-        ("kserve.yaml", "ClusterServingRuntime", "spec.containers.0.name", "server"),
-        ("kserve.yaml", "ClusterServingRuntime", "spec.containers.0.ports.0.containerPort", "8080"),
-        ("kserve.yaml", "ClusterServingRuntime", "spec.volumes.0.emptydir", {}),
-        ("kserve.yaml", "ClusterServingRuntime", "spec.securityContext", {}),
-        ("kserve.yaml", "InferenceService", "spec.predictor.model.storageURI", "s3://bucket"),
-        ("kustomization.yaml", "Kustomization", "images.0.newtag", "1"),
+        (PVC, "Deployment", "spec.template.spec.containers.0.livenessProbes", {}),
+        (PVC, "Deployment", "spec.template.spec.containers.0.env.0.value", 7),
+        (CACHE, "PersistentVolumeClaim", "spec.accessModes", "ReadWriteMany"),
+        (CLEANUP, "CronJob", "spec.jobTemplate.spec.backoffLimit", "one"),
+        (SCALING, "HorizontalPodAutoscaler", "spec.targetCPUUtilizationPercentage", 80),
+        (SCALING, "HorizontalPodAutoscaler", "apiVersion", "autoscaling/v2beta1"),
+        (SCALING, "PodDisruptionBudget", "spec.selector", "model-server"),
+        ("base/network.yaml", "NetworkPolicy", "spec.egress.0.ports.0.number", 53),
+        (KSERVE, "ClusterServingRuntime", "apiVersion", "serving.kserve.io/v1beta1"),
+        (KSERVE, "ClusterServingRuntime", "spec.protocolVersions.0", "v3"),
+        (KSERVE, "ClusterServingRuntime", "spec.supportedModelFormats.0.priority", 0),
+        (KSERVE, "ClusterServingRuntime", "spec.containers.0.name", "server"),
+        (KSERVE, "ClusterServingRuntime", "spec.containers.0.ports.0.containerPort", "8080"),
+        (KSERVE, "ClusterServingRuntime", "spec.volumes.0.emptydir", {}),
+        (KSERVE, "ClusterServingRuntime", "spec.securityContext", {}),
+        (KSERVE, "InferenceService", "spec.predictor.model.storageURI", "s3://bucket"),
+        ("monitoring/servicemonitor.yaml", "ServiceMonitor", "spec.endpoints.0.portName", "http"),
     ],
 )
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
@@ -289,8 +314,8 @@ def test_every_variable_is_a_setting_of_its_role(container: Manifest) -> None:
 def test_the_settings_are_good_ones() -> None:
     for file in SERVING:
         settings = download.Settings.from_env(Reader(values(serving(file)[0])))
-        assert settings.strategy == file.removesuffix(".yaml")
-    [container] = containers("cleanup.yaml")
+        assert settings.strategy == Path(file).stem
+    [container] = containers(CLEANUP)
     told = cleanup.Settings.from_env(Reader(values(container)))
     default = cleanup.Settings.from_env(Reader({}))
     assert told == default, "what is shown are the defaults"
@@ -308,22 +333,39 @@ def test_the_main_container_looks_where_the_init_container_puts_the_model(file: 
 
 
 def test_the_cache_is_at_one_path_and_the_main_container_only_reads_it() -> None:
-    init, main = serving("pvc.yaml")
-    [job] = containers("cleanup.yaml")
+    init, main = serving(PVC)
+    [job] = containers(CLEANUP)
     assert {mounts(one)["model-cache"]["mountPath"] for one in (init, main, job)} == {values(init)["CACHE_PATH"]}
     assert values(job)["CACHE_PATH"] == values(init)["CACHE_PATH"]
     assert [mounts(one)["model-cache"].get("readOnly", False) for one in (init, main, job)] == [False, True, False]
-    claim = manifest("pvc.yaml", "PersistentVolumeClaim")
+    claim = manifest(CACHE, "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    for file in ("pvc.yaml", "cleanup.yaml"):
+    for file in (PVC, CLEANUP):
         [volume] = [volume for volume in pod(file)["volumes"] if volume["name"] == "model-cache"]
         assert volume["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"]}
 
 
+def references(container: Manifest) -> dict[str, str]:
+    """The environment that a container is given from fields of its pod."""
+    return {
+        one["name"]: one["valueFrom"]["fieldRef"]["fieldPath"]
+        for one in container["env"]
+        if "fieldRef" in one.get("valueFrom", {})
+    }
+
+
 def test_who_uses_the_cache_is_told_by_pod_name() -> None:
-    for container in (serving("pvc.yaml")[0], *containers("cleanup.yaml")):
-        [name] = [one for one in container["env"] if one["name"] == "POD_NAME"]
-        assert name["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+    rollout = {"POD_TEMPLATE_HASH": "metadata.labels['pod-template-hash']"}
+    assert references(serving(PVC)[0]) == {"POD_NAME": "metadata.name"} | rollout
+    assert references(containers(CLEANUP)[0]) == {"POD_NAME": "metadata.name"}
+
+
+@pytest.mark.parametrize("file", SERVING)
+def test_the_uri_names_a_version_and_is_the_first_variable(file: str) -> None:
+    """An alias can mean another version at the start of the next pod."""
+    uri = serving(file)[0]["env"][0]
+    assert uri["name"] == "MODEL_URI"
+    assert re.fullmatch(r"models:/\w+/\d+", uri["value"])
 
 
 @pytest.mark.parametrize("file", WITH_PODS)
@@ -385,15 +427,26 @@ def test_the_service_leads_to_the_pods(file: str) -> None:
 
 @pytest.mark.parametrize("file", SERVING)
 def test_a_prediction_under_way_can_end(file: str) -> None:
-    timeout = read_by("main")["MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"]
-    assert pod(file)["terminationGracePeriodSeconds"] > float(timeout or "nan")
+    """Also with the DRAIN_SECONDS that the manifest suggests for load balancers which notice late."""
+    timeout = float(read_by("main")["MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"] or "nan")
+    [suggested] = re.findall(r'# - \{name: DRAIN_SECONDS, value: "(\d+)"\}', (DEPLOY / file).read_text())
+    assert 7 < float(suggested) < pod(file)["terminationGracePeriodSeconds"] - timeout
+    assert f"`{suggested}`" in README
 
 
 @pytest.mark.parametrize("file", SERVING)
-def test_a_rollout_fails_only_when_a_pod_has(file: str) -> None:
+def test_a_wrong_version_ends_a_rollout_in_minutes(file: str) -> None:
+    """A good pod gets the time of its startup probe, and five minutes to download. In these, a bad one gives up."""
     probe = serving(file)[1]["startupProbe"]
     deadline = manifest(file, "Deployment")["spec"]["progressDeadlineSeconds"]
-    assert deadline > fetch.TIMEOUT_SECONDS + probe["periodSeconds"] * probe["failureThreshold"]
+    download_seconds = deadline - probe["periodSeconds"] * probe["failureThreshold"]
+    assert download_seconds == 300
+    retry = download.Settings.from_env(Reader(values(serving(file)[0]))).retry
+    backoff_seconds = sum(
+        min(attempts.MAX_BACKOFF_SECONDS, retry.backoff_seconds * 2**attempt) for attempt in range(retry.retries)
+    )
+    assert 2 * backoff_seconds < download_seconds
+    assert deadline <= 15 * 60
 
 
 @pytest.mark.parametrize("container", EVERY_CONTAINER)
@@ -402,7 +455,33 @@ def test_containers_are_locked_down(container: Manifest) -> None:
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert mounts(container)["tmp"]["mountPath"] == "/tmp"
     assert container["resources"]["requests"].keys() == {"cpu", "memory"}
-    assert "memory" in container["resources"]["limits"]
+    # A ResourceQuota on limits.cpu or limits.memory rejects a container without.
+    assert container["resources"]["limits"].keys() == {"cpu", "memory"}
+
+
+@pytest.mark.parametrize("file", SERVING)
+def test_the_init_container_costs_no_quota(file: str) -> None:
+    init, main = (kubernetes_quantities(container) for container in serving(file))
+    assert all(init[name] <= main[name] for name in init)
+
+
+def kubernetes_quantities(container: Manifest) -> dict[tuple[str, str], float]:
+    """(requests or limits, resource) -> amount. A quantity in any other form than these comes back changed."""
+    units = {"": 1.0, "m": 0.001, "Mi": 2.0**20, "Gi": 2.0**30}
+    found = {}
+    for kind, amounts in container["resources"].items():
+        for name, amount in amounts.items():
+            number, unit = re.fullmatch(r"([1-9]\d*)(m|Mi|Gi)?", amount).groups("")  # type: ignore[union-attr]
+            # The API server writes 1000m as 1, and 1024Mi as 1Gi: `kubectl apply` would then see a difference for ever.
+            assert unit == "" or int(number) % (1000 if unit == "m" else 1024), amount
+            found[kind, name] = int(number) * units[unit]
+    return found
+
+
+@pytest.mark.parametrize("container", EVERY_CONTAINER)
+def test_a_container_that_is_killed_leaves_a_message(container: Manifest) -> None:
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    kubernetes_quantities(container)
 
 
 # The Pod Security Standard "restricted": what may be in these fields, wherever in a pod they are ...
@@ -485,22 +564,22 @@ def test_what_the_restricted_standard_forbids_is_noticed(file: str, path: str, v
 
 
 def test_who_writes_to_the_cache_is_one_user() -> None:
-    for file in (*SERVING, "cleanup.yaml"):
+    for file in (*SERVING, CLEANUP):
         context = pod(file)["securityContext"]
         assert {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {10001}
 
 
 def test_only_the_cleanup_gets_a_token() -> None:
-    given = {file: pod(file)["automountServiceAccountToken"] for file in (*SERVING, "cleanup.yaml")}
-    assert given == {"emptydir.yaml": False, "pvc.yaml": False, "cleanup.yaml": True}
-    assert manifest("kserve.yaml", "InferenceService")["spec"]["predictor"]["automountServiceAccountToken"] is False
+    given = {file: pod(file)["automountServiceAccountToken"] for file in (*SERVING, CLEANUP)}
+    assert given == {"emptydir.yaml": False, PVC: False, CLEANUP: True}
+    assert manifest(KSERVE, "InferenceService")["spec"]["predictor"]["automountServiceAccountToken"] is False
 
 
 def test_the_cleanup_may_list_pods_and_nothing_else() -> None:
-    rights, account, binding = (manifest("cleanup.yaml", kind) for kind in ("Role", "ServiceAccount", "RoleBinding"))
+    rights, account, binding = (manifest(CLEANUP, kind) for kind in ("Role", "ServiceAccount", "RoleBinding"))
     assert rights["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
     name = account["metadata"]["name"]
-    assert pod("cleanup.yaml")["serviceAccountName"] == name
+    assert pod(CLEANUP)["serviceAccountName"] == name
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name}]
     assert binding["roleRef"] == {
         "apiGroup": "rbac.authorization.k8s.io",
@@ -517,23 +596,25 @@ def test_the_cleanup_may_list_pods_and_nothing_else() -> None:
 
 
 def test_a_cleanup_that_hangs_is_replaced_and_another_ends() -> None:
-    spec = manifest("cleanup.yaml", "CronJob")["spec"]
+    spec = manifest(CLEANUP, "CronJob")["spec"]
     assert spec["concurrencyPolicy"] == "Replace"
     grace = float(read_by("cleanup")["GRACE_SECONDS"] or "nan")
     assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] > 10 * grace
-    assert pod("cleanup.yaml")["restartPolicy"] == "Never"
+    assert pod(CLEANUP)["restartPolicy"] == "Never"
 
 
 @pytest.mark.parametrize("file", SERVING)
 def test_a_rollout_takes_no_pod_before_it_has_another(file: str) -> None:
     spec = manifest(file, "Deployment")["spec"]
+    # Without its type, every `kubectl apply` changes it.
+    assert spec["strategy"]["type"] == "RollingUpdate"
     assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     assert spec["strategy"]["rollingUpdate"]["maxSurge"] not in (0, "0%")
 
 
 @pytest.mark.parametrize("file", SERVING)
 def test_scaling_is_of_the_deployment(file: str) -> None:
-    scaler = manifest("scaling.yaml", "HorizontalPodAutoscaler")["spec"]
+    scaler = manifest(SCALING, "HorizontalPodAutoscaler")["spec"]
     deployment = manifest(file, "Deployment")
     assert scaler["scaleTargetRef"] == {
         "apiVersion": deployment["apiVersion"],
@@ -546,7 +627,7 @@ def test_scaling_is_of_the_deployment(file: str) -> None:
     requests = containers(file)[-1]["resources"]["requests"]
     assert {metric["resource"]["name"] for metric in scaler["metrics"]} <= requests.keys()
     # `minAvailable: 1` would not let the node of a single pod be drained.
-    budget = manifest("scaling.yaml", "PodDisruptionBudget")["spec"]
+    budget = manifest(SCALING, "PodDisruptionBudget")["spec"]
     assert budget == {"maxUnavailable": 1, "selector": {"matchLabels": labels(file)}}
 
 
@@ -557,15 +638,14 @@ def ports(rules: list[Manifest]) -> set[tuple[str, int]]:
 DNS = {("UDP", 53), ("TCP", 53)}
 
 
-@pytest.mark.parametrize("file", [*SERVING, "cleanup.yaml"])
+@pytest.mark.parametrize("file", [*SERVING, CLEANUP])
 def test_pods_reach_what_they_need_and_nothing_else(file: str) -> None:
+    policies = [one for network in POLICIES for one in manifests(network)]
     [policy] = [
-        one["spec"]
-        for one in manifests("network.yaml")
-        if one["spec"]["podSelector"]["matchLabels"].items() <= labels(file).items()
+        one["spec"] for one in policies if one["spec"]["podSelector"]["matchLabels"].items() <= labels(file).items()
     ]
     assert policy["policyTypes"] == ["Ingress", "Egress"], "where a type has no rule, nothing passes"
-    if file == "cleanup.yaml":
+    if file == CLEANUP:
         assert "ingress" not in policy
         assert ports(policy["egress"]) == DNS | {("TCP", 443), ("TCP", 6443)}
     else:
@@ -576,14 +656,14 @@ def test_pods_reach_what_they_need_and_nothing_else(file: str) -> None:
 
 
 def test_kserve_finds_the_runtime_and_the_runtime_the_model() -> None:
-    runtime, service = (manifest("kserve.yaml", kind) for kind in ("ClusterServingRuntime", "InferenceService"))
+    runtime, service = (manifest(KSERVE, kind) for kind in ("ClusterServingRuntime", "InferenceService"))
     formats, model = runtime["spec"]["supportedModelFormats"], service["spec"]["predictor"]["model"]
     assert model["runtime"] == runtime["metadata"]["name"]
     assert {one["name"] for one in formats} == {model["modelFormat"]["name"]} == {"mlflow"}
     # KServe refuses a runtime with several priorities for a format. Its own has 1.
     assert {(one["autoSelect"], one["priority"]) for one in formats} == {(True, 2)}
 
-    [container] = containers("kserve.yaml")
+    [container] = containers(KSERVE)
     # There KServe mounts it. It fills in the name, and nothing else may look like a template.
     assert values(container)["MODEL_LOCAL_PATH"] == "/mnt/models"
     assert values(container)["MODEL_NAME"] == "{{.Name}}"
@@ -597,135 +677,62 @@ def test_kserve_finds_the_runtime_and_the_runtime_the_model() -> None:
     }
 
 
-# What kustomize makes of them
-
-
-def merged(base: Any, patch: Any) -> Any:
-    """A strategic merge: field by field, and lists by what has the same name. What is patched must be there."""
-    if isinstance(patch, dict):
-        return base | {name: merged(base[name], value) for name, value in patch.items()}
-    if isinstance(patch, list):
-        by_name = {one["name"]: one for one in patch}
-        assert by_name.keys() <= {one["name"] for one in base}
-        return [merged(one, by_name.get(one["name"], {})) for one in base]
-    return patch
-
-
-def test_the_kustomization_changes_what_there_is() -> None:
-    kustomization = manifest("kustomization.yaml", "Kustomization")
-    assert kustomization["resources"] == ["pvc.yaml", "cleanup.yaml", "scaling.yaml", "network.yaml"]
-    [image] = kustomization["images"]
-    used = {container["image"] for file in WITH_PODS for container in containers(file)}
-    assert used == {f"{image['name']}:{image['newTag']}"} == {f"{image['newName']}:{image['newTag']}"}
-    [patch] = [yaml.safe_load(one["patch"]) for one in kustomization["patches"]]
-    for file in SERVING:
-        target = manifest(file, patch["kind"], patch["metadata"]["name"])
-        assert merged(target, patch) == target, "as it is, it says what the files say"
-
-
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, for the real kustomize")
-def test_kustomize_puts_what_is_changed_where_it_belongs(tmp_path: Path) -> None:
-    def text(path: Path, instead: dict[str, str]) -> str:
-        found = path.read_text()
-        for old, new in instead.items():
-            found = found.replace(old, new)
-        return found
-
-    instead = {"models:/iris@champion": "models:/wine/7", "value: http://mlflow:5000": "value: https://mlflow.example"}
-    copied = shutil.copytree(DEPLOY, tmp_path / "deploy") / "kustomization.yaml"
-    names = {
-        "newName: localhost:5000/serve-md-runtime": "newName: registry.example/ml/serve",
-        "newTag: latest": "newTag: v1",
-    }
-    copied.write_text(text(copied, instead | names))
-    made = subprocess.run(["kubectl", "kustomize", copied.parent], capture_output=True, text=True, check=True).stdout
-
-    instead["localhost:5000/serve-md-runtime:latest"] = "registry.example/ml/serve:v1"
-    files = [text(DEPLOY / file, instead) for file in manifest("kustomization.yaml", "Kustomization")["resources"]]
-    wanted = [one for file in files for one in yaml.safe_load_all(file)]
-    assert sorted(yaml.safe_load_all(made), key=str) == sorted(wanted, key=str)
-
-
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, for the real kustomize")
-@pytest.mark.parametrize("file", SERVING)
-def test_the_component_lets_in_whom_it_says(file: str, tmp_path: Path) -> None:
-    copied = shutil.copytree(DEPLOY, tmp_path / "deploy") / "kustomization.yaml"
-    text = copied.read_text().replace("- pvc.yaml ", f"- {file} ")
-    assert "# components: [access]" in text
-    copied.write_text(text.replace("# components: [access]", "components: [access]"))
-    made = subprocess.run(["kubectl", "kustomize", copied.parent], capture_output=True, text=True, check=True).stdout
-    documents = list(yaml.safe_load_all(made))
-    for document, version in itertools.product(documents, (OLDEST, NEWEST)):
-        validate(document, version)
-    [deployment] = [one for one in documents if one["kind"] == "Deployment"]
-    spec = deployment["spec"]["template"]["spec"]
-    [main] = spec["containers"]
-    assert {one["name"] for one in main["env"]} <= read_by("main").keys()
-
-    # The files that the README's Secrets have are where the settings look for them.
-    secrets = dict(re.findall(r"kubectl create secret (?:generic|tls) (\S+) (--\S+=.*?)(?:  |$)", README, re.MULTILINE))
-    issued = trustme.CA().issue_cert("model-server")
-    content = {
-        "api-keys": b"x" * 32,
-        "tls.crt": issued.cert_chain_pems[0].bytes(),
-        "tls.key": issued.private_key_pem.bytes(),
-    }
-    environ = values(main)
-    for name, mount in mounts(main).items():
-        [secret] = [one["secret"] for one in spec["volumes"] if one["name"] == name and "secret" in one] or [None]
-        if secret:
-            assert mount["readOnly"]
-            assert "subPath" not in mount
-            # Others in the pod can't read it, and fsGroup can.
-            assert (secret["defaultMode"], spec["securityContext"]["fsGroup"]) == (0o440, 10001)
-            (tmp_path / name).mkdir()
-            for found in re.findall(r"[\w-]+\.?\w+(?=$| )", secrets[secret["secretName"]]):
-                (tmp_path / name / found).write_bytes(content[found])
-            environ = {key: value.replace(mount["mountPath"], str(tmp_path / name)) for key, value in environ.items()}
-    settings = Settings.from_env(Reader(environ))
-    assert settings.tls is not None
-    assert settings.guard is not None
-
-    probes = [main[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
-    assert {probe["scheme"] for probe in probes} == {"HTTPS"}
-    assert {probe["path"] for probe in probes} <= settings.guard.policy.exempt
-    assert deployment["spec"]["template"]["metadata"]["annotations"]["prometheus.io/scheme"] == "https"
-
-
 # What there is to change
+
+
+def project_version() -> str:
+    [version] = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return str(version)
 
 
 def test_the_image_is_the_same_everywhere() -> None:
     images = {container["image"] for file in WITH_PODS for container in containers(file)}
     [image] = images
+    # Kubernetes pulls `latest` at each start, and a version only where it is missing.
+    assert image.endswith(f":{project_version()}")
+    assert not any("imagePullPolicy" in container for file in WITH_PODS for container in containers(file))
+    assert "serve-md-runtime:latest" not in README
     assert f"docker build -t {image} ." in README
     assert image in (ROOT / "Dockerfile").read_text()
 
 
-# Beside the image of each container and the URIs of each init container.
+# Beside the image of each container, the URIs of each init container, and the name of the model.
 TO_CHANGE = {
-    "kserve.yaml": ["storageUri: s3://bucket/path/to/model"],
-    "network.yaml": ["{protocol: TCP, port: 5000}", "{protocol: TCP, port: 443}"],
-    "kustomization.yaml": [
-        "newName: localhost:5000/serve-md-runtime",
-        "newTag: latest",
-        "value: models:/iris@champion",
-        "value: http://mlflow:5000",
-    ],
+    KSERVE: ["storageUri: s3://bucket/path/to/model"],
+    "base/network.yaml": ["{protocol: TCP, port: 5000}", "{protocol: TCP, port: 443}"],
+    "monitoring/servicemonitor.yaml": ["labels: {release: kube-prometheus-stack}"],
 }
 
 
+def marked(file: str, what: str) -> list[str]:
+    """The lines with this mark, without it."""
+    lines = (DEPLOY / file).read_text().splitlines()
+    return [
+        line.partition("  # change:")[0].strip().removeprefix("- ") for line in lines if f"# change: {what}" in line
+    ]
+
+
 @pytest.mark.parametrize("file", FILES)
-def test_only_image_and_uris_are_to_be_changed(file: str) -> None:
-    lines = [line for line in (DEPLOY / file).read_text().splitlines() if "# change:" in line]
-    expected = TO_CHANGE.get(file, [])
+def test_only_image_uris_and_name_are_to_be_changed(file: str) -> None:
+    expected = [*TO_CHANGE.get(file, []), *marked(file, "name")]
     if file in WITH_PODS:
         expected = [*expected, *(f"image: {container['image']}" for container in containers(file))]
     if file in SERVING:
         init = values(serving(file)[0])
         expected = [*expected, *(f"value: {init[name]}" for name in ("MODEL_URI", "MLFLOW_TRACKING_URI"))]
-    marked = [line.partition("# change:")[0].strip().removeprefix("- ") for line in lines]
-    assert sorted(marked) == sorted(expected)
+    assert sorted(marked(file, "")) == sorted(expected)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_name_of_the_model_is_marked_wherever_it_is(file: str) -> None:
+    """Every name of an object and every instance, and no other line."""
+    lines = [line for line in (DEPLOY / file).read_text().splitlines() if not line.lstrip().startswith("#")]
+    name = re.compile(r"^  name: model-server\b|instance: model-server\b|kind: Deployment, name: model-server\b")
+    assert [line for line in lines if name.search(line) and "# change: name" not in line] == (
+        ["  name: model-server"] if file == "monitoring/servicemonitor.yaml" else []
+    )
+    assert [line for line in lines if "# change: name" in line and not name.search(line)] == []
+    assert bool(marked(file, "name")) == (file in (*SERVING, SCALING, "base/network.yaml"))
 
 
 # The Dockerfile
@@ -790,7 +797,7 @@ def test_scripts_have_the_names_that_charts_use() -> None:
 def test_nothing_but_the_sources_goes_to_the_builder() -> None:
     for path in (
         *("tests/conftest.py", "tests/__init__.py", ".git/config", ".git/HEAD", ".venv/bin/python", ".venv/ready"),
-        *("examples/log_iris.py", "deploy/pvc.yaml", "Makefile", ".run/mlflow.db", "requirements/dev.txt"),
+        *("examples/log_iris.py", "deploy/base/pvc.yaml", "Makefile", ".run/mlflow.db", "requirements/dev.txt"),
         *("image/report.py", "image/__init__.py", "build/base.tar"),
         *("cleanup.pyc", "darwin_runtime/http/__pycache__/app.cpython-311.pyc", ".env", "Dockerfile"),
     ):
@@ -845,10 +852,8 @@ def test_what_the_build_runs_is_given_to_the_builder() -> None:
 
 
 def test_the_image_has_the_version_of_the_project() -> None:
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert version
     [label] = of(stages()[1], "LABEL")
-    assert f'org.opencontainers.image.version="{version[1]}"' in label
+    assert f'org.opencontainers.image.version="{project_version()}"' in label
 
 
 # The lock files

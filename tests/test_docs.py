@@ -71,8 +71,27 @@ def _log_lines() -> list[str]:
     return [line for block in re.findall(r"```text\n(.*?)```", troubles, re.DOTALL) for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("line", _log_lines())
-def test_a_log_line_in_the_readme_is_one_of_the_code(line: str) -> None:
+def _mistakes() -> list[list[str]]:
+    """The cells of each mistake: its number, the mistake, `get`, `describe`, `logs`, the remedy."""
+    rows = re.findall(r"^\| (\d+ \| .+) \|$", (ROOT / "docs" / "mistakes.md").read_text(), re.MULTILINE)
+    return [row.split(" | ") for row in rows]
+
+
+def test_each_mistake_has_its_signs_and_its_remedy() -> None:
+    mistakes = _mistakes()
+    assert [cells[0] for cells in mistakes] == [str(number + 1) for number in range(25)]
+    for number, *cells in mistakes:
+        assert len(cells) == 5, number
+        assert all(cells), number
+        referred = [int(other) for cell in cells for other in re.findall(r"as in (\d+)", cell)]
+        assert all(other < int(number) for other in referred)
+
+
+_MISTAKES_LINES = sorted({line for cells in _mistakes() for line in re.findall(r"`([^`]+)`", cells[4])})
+
+
+@pytest.mark.parametrize("line", [*_log_lines(), *_MISTAKES_LINES])
+def test_a_log_line_in_the_documents_is_one_of_the_code(line: str) -> None:
     code = _strings()
     # What the code puts together from parts: a status, a constant, which credentials.
     parts = re.split("…|401|403|404|MLmodel|CACHEDIR.TAG|(?=MLFLOW_TRACKING_USERNAME)", line)

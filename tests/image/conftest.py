@@ -14,9 +14,10 @@ import requests
 
 from image import build
 from tests.conftest import Tracking, mlflow_serving, program, wait_until
-from tests.support.registry import client_of, log_model
+from tests.support.registry import log_model
 
-IMAGE = "localhost:5000/serve-md-runtime:latest"
+IMAGE = "localhost:5000/serve-md-runtime:0.1.0"
+TAG = IMAGE.rpartition(":")[2]
 
 # What the manifests in deploy/ call the MLflow server; its address is not the registry's, for the port is the same.
 MLFLOW = {"mlflow": "127.0.0.2"}
@@ -94,11 +95,16 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
 
 @pytest.fixture(scope="session")
 def iris_run(tracking: Tracking) -> str:
-    """The run of `models:/iris@champion`, which answers with seven times what it is asked."""
+    """The run of `models:/iris/1`, which answers with seven times what it is asked."""
     logged = log_model(tracking, 7.0)
-    with client_of(tracking) as client:
-        client.set_registered_model_alias("iris", "champion", logged.version)
+    assert logged.version == "1"
     return logged.run
+
+
+@pytest.fixture(scope="session")
+def wine(tracking: Tracking) -> None:
+    """`models:/wine/1`, which answers with five times what it is asked."""
+    assert log_model(tracking, 5.0, "wine").version == "1"
 
 
 def make_readable(path: Path) -> Path:

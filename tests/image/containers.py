@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -140,8 +141,14 @@ class Node:
 
     @contextmanager
     def pod(self, template: Manifest, name: str) -> Iterator[Pod]:
-        """Start a pod from a pod template: init containers one after the other, then the main one, if none failed."""
-        spec = template["spec"]
+        """Start a pod from a pod template: init containers one after the other, then the main one, if none failed.
+
+        It has the label of its ReplicaSet, of which pods of one template are.
+        """
+        spec, metadata = template["spec"], template.get("metadata", {})
+        replica_set = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:10]
+        labels = metadata.get("labels", {}) | {"pod-template-hash": replica_set}
+        template = template | {"metadata": metadata | {"labels": labels}}
         with self._prepared(template, name) as (pod, volumes):
             for container in spec.get("initContainers", ()):
                 pod.init.append(self._to_end(pod, container, volumes))
@@ -274,6 +281,8 @@ class Node:
                 return value
             case {"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}:
                 return pod.name
+            case {"valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['pod-template-hash']"}}}:
+                return str(pod.manifest["metadata"].get("labels", {}).get("pod-template-hash", ""))
             case {"valueFrom": {"secretKeyRef": {"optional": True}}}:
                 return None  # there are no Secrets
         raise AssertionError(variable)

@@ -15,10 +15,11 @@ import yaml
 
 from tests.conftest import Finished
 from tests.image import chart
-from tests.image.conftest import IMAGE, MLFLOW, make_readable, podman
+from tests.image.conftest import IMAGE, MLFLOW, TAG, make_readable, podman
 from tests.image.containers import Manifest, Node, Pod
+from tests.support import kustomize
 from tests.support.apiserver import ApiServer
-from tests.test_deploy import DEPLOY
+from tests.test_deploy import CLEANUP, DEPLOY, KSERVE, PVC, TEMPLATES
 from tests.test_deploy import template as pod_template
 
 FOUR = {"inputs": [[4.0]]}
@@ -41,16 +42,16 @@ def node(pulled: str, iris_run: str, api: ApiServer, tmp_path: Path) -> Node:
     return Node(tmp_path, claims={"model-cache": tmp_path / "claim"}, configmaps=scripts, hosts=MLFLOW, api=api)
 
 
-def check_answers(node: Node, pod: Pod) -> None:
+def check_answers(node: Node, pod: Pod, factor: float = 7.0) -> None:
     assert [done.code for done in pod.init] == [0] * len(pod.init), pod.init[-1].err
     node.wait_ready(pod)
     answer = pod.server.post("/invocations", FOUR)
-    assert answer.json() == {"predictions": [pytest.approx(28.0)]}
+    assert answer.json() == {"predictions": [pytest.approx(4.0 * factor)]}
 
 
 def test_the_registry_gives_back_what_was_pushed(image: str, pulled: str) -> None:
     tags = requests.get("http://localhost:5000/v2/serve-md-runtime/tags/list", timeout=10).json()
-    assert tags == {"name": "serve-md-runtime", "tags": ["latest"]}
+    assert tags == {"name": "serve-md-runtime", "tags": [TAG]}
     assert podman("image", "inspect", "--format={{.Id}}", pulled) == podman(
         "image", "inspect", "--format={{.Id}}", image
     )
@@ -71,10 +72,10 @@ def test_pvc_and_cleanup(node: Node) -> None:
     cache = node.claims["model-cache"]
 
     def clean(name: str) -> tuple[Finished, dict[str, Any]]:
-        done = node.job(pod_template("cleanup.yaml"), name)
+        done = node.job(pod_template(CLEANUP), name)
         return done, json.loads(done.out)
 
-    with node.pod(pod_template("pvc.yaml"), "model-server-1") as first:
+    with node.pod(pod_template(PVC), "model-server-1") as first:
         check_answers(node, first)
         assert "published as" in first.init[0].err
         [key] = [path.name for path in cache.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)]
@@ -86,7 +87,7 @@ def test_pvc_and_cleanup(node: Node) -> None:
         assert (done.code, result["removed"]) == (0, 0), done.err
         assert (cache / key).is_dir()
     # Each served from what the first downloaded.
-    with node.pod(pod_template("pvc.yaml"), "model-server-2") as second:
+    with node.pod(pod_template(PVC), "model-server-2") as second:
         check_answers(node, second)
         assert "published as" not in second.init[0].err
     # Verbatim the removal would wait for two minutes.
@@ -95,6 +96,34 @@ def test_pvc_and_cleanup(node: Node) -> None:
     done, result = clean("cleanup-2")
     assert (done.code, result["removed"]) == (0, 1), done.err
     assert not (cache / key).exists()
+
+
+def deployed(model: str) -> Manifest:
+    """The pod template that the overlay of a model makes."""
+    [deployment] = [one for one in kustomize.render(DEPLOY / "models" / model) if one["kind"] == "Deployment"]
+    return TEMPLATES["Deployment"](deployment["spec"])
+
+
+@pytest.mark.usefixtures("wine")
+def test_two_models_side_by_side(node: Node) -> None:
+    """Each answers for itself, from one cache, of which one cleanup takes nothing from either."""
+    iris, wine = deployed("iris"), deployed("wine")
+    # The pods share the network of this machine.
+    [server] = wine["spec"]["containers"]
+    server["env"].append({"name": "PORT", "value": "8001"})
+    server["ports"][0]["containerPort"] = 8001
+    with node.pod(iris, "iris-model-server-1") as first, node.pod(wine, "wine-model-server-1") as second:
+        check_answers(node, first, 7.0)
+        check_answers(node, second, 5.0)
+        cache = node.claims["model-cache"]
+        entries = [path for path in cache.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)]
+        assert len(entries) == 2
+        for entry in entries:
+            os.utime(entry / "last_used", (0, 0))
+        done = node.job(pod_template(CLEANUP), "cleanup-1")
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        assert (result["entries"], result["entries_in_use"], result["removed"]) == (2, 2, 0)
 
 
 def test_what_stops_an_init_container_is_its_termination_message(node: Node) -> None:
@@ -110,7 +139,7 @@ def test_what_stops_an_init_container_is_its_termination_message(node: Node) -> 
 
 def test_kserve(node: Node) -> None:
     """What KServe makes of the runtime: the name filled in, the model of its own init container mounted."""
-    runtime, service = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
+    runtime, service = yaml.safe_load_all((DEPLOY / KSERVE).read_text())
     spec = json.loads(json.dumps(runtime["spec"]).replace("{{.Name}}", service["metadata"]["name"]))
     [container] = spec["containers"]
     container["volumeMounts"] = [
@@ -171,7 +200,7 @@ def test_chart_cleanup(node: Node) -> None:
     uri = "models:/iris/1"
     done = node.job(chart.pvc_job(IMAGE, uri, own_scripts=False), "prewarm-1")
     assert done.code == 0, done.err
-    template = pod_template("cleanup.yaml")
+    template = pod_template(CLEANUP)
     [container] = template["spec"]["containers"]
     container["command"] = ["python", "/scripts/cleanup_cache.py"]
     container["env"] = [

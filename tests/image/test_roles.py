@@ -26,7 +26,7 @@ ROW = {"features": iris_table()[0].iloc[0].to_dict()}
 def readme_command(start: str) -> str:
     """What the README's `docker run` line that starts so runs in the image."""
     [line] = [line for line in (ROOT / "README.md").read_text().splitlines() if start in line]
-    return line.partition("serve-md-runtime:latest ")[2]
+    return line.partition("serve-md-runtime:0.1.0 ")[2]
 
 
 @pytest.fixture(scope="module")

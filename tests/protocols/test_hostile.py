@@ -675,5 +675,5 @@ def test_log_lines_are_ours(style: str) -> None:
 
 def test_the_hash_of_text_has_a_key_of_its_own_in_each_process() -> None:
     """So that nobody can know names that collide; nothing of ours may take that away."""
-    for file in ("Dockerfile", *map(str, (ROOT / "deploy").glob("*.yaml"))):
+    for file in ("Dockerfile", *map(str, (ROOT / "deploy").rglob("*.yaml"))):
         assert not re.search(r"(ENV|name:) *PYTHONHASHSEED", (ROOT / file).read_text()), file
