@@ -446,7 +446,7 @@ def test_everything_of_the_dead_is_left_over_at_last(cache: Cache, monkeypatch: 
     for path in list(cache.leftovers()):
         cache.delete_tree(path)
     assert sorted(path.name for path in cache.root.iterdir()) == sorted(
-        [cache_module.TAG_NAME, KEY, ".leases", ".locks", ".refs", ".staging", ".trash"]
+        [cache_module.TAG_NAME, KEY, *cache_module.INNER]
     )
     assert not [
         path for inner in (".leases", ".locks", ".staging", ".trash") for path in (cache.root / inner).iterdir()
