@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from darwin_runtime import mlflow_import, resources
-from darwin_runtime.errors import ConfigError, NotACache, RoleError, StoreUnreachable
+from darwin_runtime.errors import ConfigError, NoLinks, NotACache, RoleError, StoreUnreachable
 from darwin_runtime.role import leave, log_settings, run_role
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import access, cached_model, digest, disk, fetch, references, resolve
@@ -77,6 +77,8 @@ class Settings:
             uid=resources.pod_uid(),
             rollout=read.text("POD_TEMPLATE_HASH"),
         )
+        cache = settings.cache if settings.strategy == "pvc" else None
+        output_module.check_place(read, settings.output, cache, uri)
         read.finish()
         if settings.rollout and (why := cached_model.why_no_rollout(settings.rollout, read.raw("POD_NAME"))):
             logger.warning("POD_TEMPLATE_HASH=%.100r %s, so this pod belongs to no rollout", settings.rollout, why)
@@ -133,10 +135,7 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
     except NotACache as error:
         raise ConfigError([f"CACHE_PATH={settings.cache}: {error}"]) from error
     except OSError as error:
-        raise RoleError(
-            f"cannot write to CACHE_PATH {settings.cache} ({disk.explain(error)}); "
-            f"mount the cache's volume there, writable by user {os.getuid()}"
-        ) from error
+        raise RoleError(f"cannot write to CACHE_PATH {settings.cache}: {disk.explain(error)}") from error
     found = cached_model.find(cache, settings.wanted(deadline))
     key = found.key
     cache.touch(key)
@@ -163,13 +162,21 @@ def _populate_output(cache: Cache, settings: Settings, key: str) -> None:
             raise
         logger.info("there is no %s here; the model is in the cache only: %s", settings.output, cache.model(key))
         return
-    if settings.link_mode == "copy" and output_module.current_record(settings.output, settings.verify, key=key):
+    model, manifest = cache.model(key).absolute(), cache.manifest(key)
+    if settings.link_mode == "symlink":
+        try:
+            output_module.link(model, settings.output, key, manifest)
+        except NoLinks as error:
+            logger.warning("%s gets a copy, as with LINK_MODE=copy: %s", settings.output, error.strerror)
+        else:
+            logger.info("%s holds the model, as links to %s", settings.output, model)
+            return
+    if output_module.current_record(settings.output, settings.verify, key=key):
         output_module.unstage(settings.output)
-        logger.info("%s already holds a copy of %s", settings.output, cache.model(key))
+        logger.info("%s already holds a copy of %s, 0 bytes transferred", settings.output, model)
         return
-    put = output_module.copy if settings.link_mode == "copy" else output_module.link
-    put(cache.model(key).absolute(), settings.output, key, cache.manifest(key))
-    logger.info("%s holds the model, as %s of %s", settings.output, settings.link_mode, cache.model(key))
+    output_module.copy(model, settings.output, key, manifest)
+    logger.info("%s holds the model, as a copy of %s", settings.output, model)
 
 
 def run(read: Reader) -> None:

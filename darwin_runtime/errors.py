@@ -203,6 +203,18 @@ class FileChanged(OSError):
     """A file was written to, or replaced, while it was read."""
 
 
+class NoLinks(OSError):
+    """The file system has no symbolic links."""
+
+
+class VolumeFull(OSError):
+    """A volume, or a quota on it, is used up. `remedy` describes the moment of the error: later there is room again."""
+
+    def __init__(self, error: OSError, remedy: str) -> None:
+        super().__init__(error.errno, error.strerror, error.filename, None, error.filename2)
+        self.remedy = remedy
+
+
 class NotACache(Exception):
     """The directory can't be used as a cache; the message says why and what to do."""
 

@@ -164,8 +164,9 @@ class Cache:
     def prepare(cls, root: Path, inner: Sequence[str] = INNER) -> Cache:
         """Make `root` a cache if it is not one yet. Raises `NotACache`, and `OSError` where it can't be made."""
         cache = cls(root, inner)
+        disk.share_with_group(root)
         root.mkdir(parents=True, exist_ok=True)
-        if not cache._is_tagged():
+        if not cache.is_tagged():
             disk.write_atomically(root / TAG_NAME, _TAG)
         for name in inner:
             (root / name).mkdir(exist_ok=True)
@@ -182,8 +183,9 @@ class Cache:
         if root.resolve() == Path("/"):
             raise NotACache("/ is the root of the file system, not a cache")
         cache = cls(root, inner)
-        if cache._is_tagged():
+        if cache.is_tagged():
             cache._check_inside()
+            disk.share_with_group(root)
             with contextlib.suppress(OSError):  # to look at it, it need not be writable
                 for name in inner:
                     (root / name).mkdir(exist_ok=True)
@@ -202,15 +204,24 @@ class Cache:
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise NotACache(f"{self.root / name} is not a directory of the cache; remove it by hand")
 
-    def _is_tagged(self) -> bool:
+    def is_tagged(self) -> bool:
+        """Whether the directory has the tag of a cache."""
         with contextlib.suppress(OSError), disk.open_regular(self.root / TAG_NAME) as file:
             return file.read(len(TAG_SIGNATURE)) == TAG_SIGNATURE.encode()
         return False
 
     def now(self) -> float:
-        """The file server's clock, in seconds since the epoch: the mtime it gives. Nothing is created for it."""
+        """The file server's clock, in seconds since the epoch: the mtime it gives.
+
+        Nothing is created for it, except on a volume where times can't be set, or only by the owner of the tag.
+        """
         tag = self.root / TAG_NAME
-        os.utime(tag, follow_symlinks=False)
+        try:
+            os.utime(tag, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (*disk.UNSUPPORTED, errno.EACCES):
+                raise
+            disk.write_atomically(tag, _TAG)
         return tag.lstat().st_mtime
 
     # Entries
@@ -256,7 +267,8 @@ class Cache:
         # By way of the entry itself: its name may be a link to elsewhere.
         entry = os.open(self.root / key, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            stamp(LAST_USED, os.O_NOFOLLOW, entry)
+            with disk.about(self.root / key / LAST_USED):
+                stamp(LAST_USED, os.O_NOFOLLOW, entry)
         finally:
             os.close(entry)
 
@@ -355,7 +367,7 @@ class Cache:
             if plan.name.startswith(f"{key}.") and plan.name.endswith(_PLANNED):
                 # Onto a file no directory can be renamed, and where one is already, no file can be created.
                 with contextlib.suppress(FileExistsError):
-                    os.close(os.open(plan.with_suffix(""), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+                    os.close(os.open(plan.with_suffix(""), os.O_WRONLY | os.O_CREAT | os.O_EXCL, disk.FILE_MODE))
         return self.fingerprint(key) == found
 
     def trash(self) -> list[tuple[Path, str]]:
@@ -407,9 +419,10 @@ def stamp(path: Path | str, flag: int, directory: int | None = None) -> None:
     `path` may be relative to the open `directory`.
     """
     # Without waiting for the other end of a pipe.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | flag, 0o644, dir_fd=directory)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | flag, disk.FILE_MODE, dir_fd=directory)
     try:
-        os.utime(descriptor)  # whatever creating it did
+        with disk.about(Path(path)):
+            disk.touch(descriptor)  # whatever creating it did
     finally:
         os.close(descriptor)
 

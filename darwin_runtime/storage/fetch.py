@@ -25,7 +25,7 @@ def download(transfer: Transfer, required: str = "", discard: Callable[[], objec
     Raises as `Transfer.run` does, and `RoleError` for a model without the `required` digest. The next attempt resumes
     from the files that arrived, but not on a full volume and not with another model: `discard` is called then.
     """
-    with disk.discard_when_full(discard):
+    with disk.discard_when_full(transfer.model, discard, lambda: transfer.total - transfer.arrived()):
         manifest = transfer.source.manifest(transfer.run())
     seen = digest.digest_of(manifest)
     if required and seen != required:

@@ -133,7 +133,7 @@ def try_lock(cache: Cache, key: str, owner: str) -> Lock | LockState:
     path, inherited = cache.root / LOCKS / key, False
     while True:
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, disk.FILE_MODE)
             return Lock(path, descriptor, owner, inherited=_clear_stolen(path) or inherited)
         except FileExistsError:
             holder = _holder(cache, path)
@@ -220,7 +220,7 @@ def publish(
     `verify` looks, is replaced, and so is one of other files, if they have to be `exactly` these. Raises
     `RoleError` when what is staged is not what the manifest states.
     """
-    with disk.discard_when_full(partial(cache.delete_tree, staging)):
+    with disk.discard_when_full(staging, partial(cache.delete_tree, staging)):
         _finish(staging, manifest)
         return _rename(cache, staging, key, manifest, verify, exactly=exactly)
 

@@ -2,7 +2,8 @@
 
     <output>/
       MLmodel, ...             the model's top-level entries: the files themselves, or links into the cache
-      model -> ...             for charts that serve <output>/model: to `.`, or to the model in the cache
+      model -> ...             for charts that serve <output>/model: to `.`, or to the model in the cache; not there on
+                               volumes without symbolic links
       .darwin-output.json      what was put here, so that the next run can tell its own entries from other people's
       .darwin-staging/         a download under way
 
@@ -14,15 +15,17 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from darwin_runtime.errors import RoleError
-from darwin_runtime.storage import disk
+from darwin_runtime.errors import NoLinks, RoleError
+from darwin_runtime.settings import Reader
+from darwin_runtime.storage import disk, places
 from darwin_runtime.storage import manifest as manifest_module
 from darwin_runtime.storage.manifest import MANIFEST_BYTES, MODEL_FILE, Manifest, summary
 
@@ -30,6 +33,8 @@ RECORD = ".darwin-output.json"
 STAGING = ".darwin-staging"
 MODEL_LINK = "model"
 _KEY = "key"
+
+logger = logging.getLogger("darwin.download")
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,23 @@ class Record:
     entries: list[str]
 
 
+def check_place(read: Reader, output: Path, cache: Path | None, uri: str) -> None:
+    """Add a problem to `read` where the model at `uri` can't go to `output`, see `places.conflict`."""
+    if why := places.conflict(output, cache, uri):
+        read.problems.append(why)
+
+
 def make(output: Path) -> None:
     """Make the directory. Raises `RoleError` where that is impossible, or nothing can be written to it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         writable = os.access(output, os.W_OK | os.X_OK)
     except OSError as error:
-        raise RoleError(f"cannot create OUTPUT_PATH {output} ({error.strerror}); mount a volume there") from error
+        raise RoleError(f"cannot create OUTPUT_PATH {output}: {disk.explain(error)}") from error
     if not writable:
         number = errno.EROFS if os.statvfs(output).f_flag & os.ST_RDONLY else errno.EACCES
         why = disk.explain(OSError(number, os.strerror(number), str(output)))
-        raise RoleError(f"cannot write to OUTPUT_PATH: {why}")
+        raise RoleError(f"cannot write to OUTPUT_PATH {output}: {why}")
 
 
 def read(output: Path) -> Record | None:
@@ -114,7 +125,7 @@ def unstage(output: Path) -> None:
 
 
 def _unstaged_when_full(output: Path) -> AbstractContextManager[None]:
-    return disk.discard_when_full(partial(unstage, output))
+    return disk.discard_when_full(output, partial(unstage, output))
 
 
 def staged(staging: Path) -> tuple[Path, Path]:
@@ -128,15 +139,24 @@ def move(staging: Path, output: Path, key: str, manifest: Manifest) -> None:
         if damage := manifest.damage(staging):
             raise RoleError(f"not placed, {summary(damage)}")
         disk.sync_tree(staging)
-        _place(staging, output, key, manifest, lambda source, target: source.rename(target), ".")
+        _place(staging, output, key, manifest, ".")
         unstage(output)
 
 
 def link(model: Path, output: Path, key: str, manifest: Manifest) -> None:
-    """Put links to the cached model's entries at the output, unless they are there."""
+    """Put links to the cached model's entries at the output, unless they are there.
+
+    Raises `NoLinks`, with the output as it was, on a file system without them.
+    """
     with _unstaged_when_full(output):
         if not _links(output, key, model):
-            _place(model, output, key, manifest, lambda source, target: target.symlink_to(source), str(model))
+            unstage(output)
+            links, _ = staged(output / STAGING)
+            links.mkdir(parents=True)
+            for name in os.listdir(model):
+                disk.make_link(links / name, model / name)
+            _place(links, output, key, manifest, str(model))
+            unstage(output)
 
 
 def _links(output: Path, key: str, model: Path) -> bool:
@@ -163,15 +183,8 @@ def copy(model: Path, output: Path, key: str, manifest: Manifest) -> None:
     move(copied, output, key, manifest)
 
 
-def _place(
-    model: Path,
-    output: Path,
-    key: str,
-    manifest: Manifest,
-    put: Callable[[Path, Path], object],
-    model_link: str,
-) -> None:
-    entries = sorted(path.name for path in model.iterdir())
+def _place(staging: Path, output: Path, key: str, manifest: Manifest, model_link: str) -> None:
+    entries = sorted(os.listdir(staging))
     before = read(output)
     disk.remove_tree(output / MODEL_FILE)
     # Written before anything is placed: a run that dies in between must not leave entries that nobody owns.
@@ -180,11 +193,15 @@ def _place(
     for name in owned:
         disk.remove_tree(output / name)
     for name in _model_file_last(entries):
-        put(model / name, output / name)
+        (staging / name).rename(output / name)
     link = output / MODEL_LINK
     if MODEL_LINK not in entries and (link.is_symlink() or not link.exists()):
         disk.remove_tree(link)
-        link.symlink_to(model_link)
+        try:
+            disk.make_link(link, model_link)
+        except NoLinks as error:
+            why = f"the link {link} for charts is not there ({error.strerror})"
+            logger.warning("%s: serve OUTPUT_PATH itself, with MODEL_LOCAL_PATH=%s", why, output)
     disk.write_atomically(output / RECORD, _dump(key, manifest, entries))
 
 

@@ -120,7 +120,7 @@ class Part:
         with self._naming:
             self.there = True
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            return os.fdopen(os.open(self.path, flags, 0o644), "ab", buffering=0)
+            return os.fdopen(os.open(self.path, flags, disk.FILE_MODE), "ab", buffering=0)
 
     def add(self, target: BinaryIO, chunk: bytes) -> None:
         view = memoryview(chunk)
@@ -133,7 +133,7 @@ class Part:
                 hasher.update(chunk)
         if self.size - self._begun >= WRITE_BYTES:
             # Have the disk begin, or it would all be left for the end. (What is being written is not forgotten.)
-            if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(AttributeError, OSError):  # no more than advice
                 os.posix_fadvise(target.fileno(), self._begun, self.size - self._begun, os.POSIX_FADV_DONTNEED)
             self._begun = self.size
 

@@ -1,8 +1,8 @@
 """The pins of rollouts: every pod of one ReplicaSet serves what its first pod found.
 
-A pin is a directory that holds one file. It appears by one rename, so of several pods the first one wins. It disappears
-by one rename, after an announcement that a pod can veto: pins live in a cache of their own, `<cache>/.pins`, by the
-rules of `cache`.
+A pin is a directory with a file, and a stamp of its last use. It appears by one rename, so of several pods the first
+one wins. It disappears by one rename, after an announcement that a pod can veto: pins live in a cache of their own,
+`<cache>/.pins`, by the rules of `cache`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,19 @@ from pathlib import Path
 
 from darwin_runtime.errors import RoleError
 from darwin_runtime.storage import disk
-from darwin_runtime.storage.cache import LOCKS, MAX_NOTE_BYTES, PINS, STAGING, TAKEN, TRASH, Cache, is_key, parse_note
+from darwin_runtime.storage.cache import (
+    LAST_USED,
+    LOCKS,
+    MAX_NOTE_BYTES,
+    PINS,
+    STAGING,
+    TAKEN,
+    TRASH,
+    Cache,
+    is_key,
+    parse_note,
+    stamp,
+)
 
 FILE = "pin.json"
 
@@ -58,7 +70,7 @@ def use(pins: Cache, pin_name: str) -> Pin | None:
         return None
     path = pins.root / pin_name / FILE
     try:
-        os.utime(path, follow_symlinks=False)
+        stamp(path.with_name(LAST_USED), os.O_NOFOLLOW)
         found = _parse(disk.read_small(path, MAX_NOTE_BYTES))
     except FileNotFoundError:
         return None
@@ -73,6 +85,7 @@ def publish(pins: Cache, pin_name: str, pin: Pin) -> Pin:
         staging = pins.root / STAGING / f"{pin_name}.{secrets.token_hex(8)}"
         staging.mkdir()
         disk.write_atomically(staging / FILE, json.dumps(asdict(pin)))
+        stamp(staging / LAST_USED, os.O_EXCL)
         try:
             staging.rename(pins.root / pin_name)
         except OSError as error:
@@ -122,9 +135,9 @@ def drop_unused(
 def _unused(pins: Cache, age: float, rollouts: Collection[str], listed: float) -> Iterator[str]:
     before = min(pins.now() - age, listed)
     for pin_name in sorted(filter(is_key, os.listdir(pins.root))):
-        path = pins.root / pin_name / FILE
+        path = pins.root / pin_name
         with contextlib.suppress(FileNotFoundError):
-            if path.lstat().st_mtime < before and _rollout(path) not in rollouts:
+            if (path / LAST_USED).lstat().st_mtime < before and _rollout(path / FILE) not in rollouts:
                 yield pin_name
 
 

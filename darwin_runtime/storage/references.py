@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from darwin_runtime.errors import NoLinks
 from darwin_runtime.redact import mask_uri
 from darwin_runtime.storage import disk
 from darwin_runtime.storage.cache import MAX_NOTE_BYTES, REFS, TRASH, Cache, is_key, key_of, parse_note
+
+logger = logging.getLogger("darwin.download")
 
 
 def make_alias(deployment: str, model_uri: str) -> str:
@@ -20,13 +24,23 @@ def make_alias(deployment: str, model_uri: str) -> str:
 
 
 def set_alias(cache: Cache, alias: str, key: str) -> None:
-    """Point `alias` to `key`. Raises `OSError` where the name is taken by something that is no link."""
+    """Point `alias` to `key`, but on a volume without symbolic links log where the model is.
+
+    Raises `OSError` where the name is taken by something that is no link.
+    """
     path = cache.root / alias
     with contextlib.suppress(OSError):
         if str(path.readlink()) == key:
             os.utime(path, follow_symlinks=False)  # for which there is room on a full volume
             return
-    disk.replace_link(path, key)
+    try:
+        disk.replace_link(path, key)
+    except NoLinks as error:
+        logger.warning(
+            "the link %s to the model is not there (%s): set MODEL_LOCAL_PATH=%s in the main container, or mount a "
+            "cache volume that has symbolic links",
+            *(path, error.strerror, cache.model(key)),
+        )
 
 
 def aliases(cache: Cache) -> dict[str, str]:

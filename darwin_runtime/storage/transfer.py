@@ -241,8 +241,11 @@ class Transfer:
 
 def _finish(path: Path) -> None:
     with disk.open_regular(path) as file:
-        os.fchmod(file.fileno(), 0o644)  # a local store's own modes may keep other users' containers out
-        os.fsync(file.fileno())
+        # A local store's own modes may keep other users' containers out. Some volumes let no mode be set.
+        with contextlib.suppress(OSError):
+            os.fchmod(file.fileno(), 0o644)
+        with disk.about(path):
+            os.fsync(file.fileno())
 
 
 def start_threads(count: int, work: Callable[[], None]) -> list[threading.Thread]:

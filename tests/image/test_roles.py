@@ -234,13 +234,15 @@ def test_a_volume_of_another_user_is_named(image: str, source: str, tmp_path: Pa
     options = (*LOCKED, TMP, source, f"--volume={tmp_path}:/out")
     done = run(image, "python", "/app/download.py", options=options, MODEL_URI="/source", OUTPUT_PATH="/out")
     assert done.code == 1
-    assert "'/out': user 1234567 may not; set fsGroup, or the volume's owner" in done.last
+    assert "'/out': user 1234567 of group " in done.last
+    assert re.search("may not: /out belongs to user .*runAsUser", done.last), done.last
 
 
 def test_an_output_that_nothing_is_mounted_at_is_named(image: str, source: str) -> None:
     done = run(image, "python", "/app/download.py", options=(*LOCKED, TMP, source), MODEL_URI="/source")
     assert done.code == 1
-    assert "cannot create OUTPUT_PATH /models (Read-only file system); mount a volume there" in done.last
+    assert "cannot create OUTPUT_PATH /models: [Errno 30] Read-only file system: '/models': " in done.last
+    assert "the root file system is read-only; mount a volume there, such as an emptyDir" in done.last
 
 
 NO_ROOM = {"no /tmp": (), "a full /tmp": ("--tmpfs=/tmp:size=4k",)}

@@ -6,36 +6,30 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import disk
 from darwin_runtime.storage.cache import Cache
-from tests.conftest import ROOT, Finished, absent, clean_environ, program, run_role
+from tests.conftest import ROOT, Finished, absent, program, run_role
 from tests.roles.test_cleanup import clean
 from tests.storage import test_transfer
+from tests.support import users
 from tests.support.apiserver import ApiServer
 from tests.support.storage import publish
+from tests.support.users import let_others_look
 
 KEY, OTHER = "a" * 64, "b" * 64
 NOBODY = 65534
-
-
-# All is imported first: the libraries may lie where only root may look.
-_AS_NOBODY = f"""
-import os, pathlib, sys, cleanup, download
-from darwin_runtime import mlflow_import
-mlflow_import.prepare()
-from mlflow.store.artifact import local_artifact_repo, models_artifact_repo, http_artifact_repo
-os.setgid({NOBODY}); os.setuid({NOBODY})
-"""
 
 
 @contextmanager
@@ -113,7 +107,8 @@ def test_a_volume_that_fills_up(strategy: str, few_files: Path, model: Path, tmp
     models = few_files / "models" if strategy == "emptydir" else tmp_path / "models"
     done = cached(model, few_files / "cache", models, STORAGE_STRATEGY=strategy)
     assert done.code == 1
-    assert "the volume is full" in done.last
+    assert f"no inodes are left at {few_files}: all 40 are in use" in done.last
+    assert "enlarge" not in done.last, "there is room enough"
     assert "trying again" not in done.err, "which would not make room"
     assert not (models / "MLmodel").exists()
     for cache in few_files.glob("cache"):
@@ -155,7 +150,7 @@ def test_a_copy_that_does_not_fit_leaves_nothing(small: Path, model: Path, tmp_p
     (model / "large").write_bytes(bytes(9_000_000))
     done = cached(model, tmp_path / "cache", small / "models", LINK_MODE="copy")
     assert done.code == 1
-    assert "the volume is full" in done.last
+    assert re.search(rf"No space left on device: '{small}.*the volume is full \(.* of .* free at {small}\)", done.last)
     assert os.listdir(small / "models") == []
 
 
@@ -195,44 +190,15 @@ def test_a_read_only_volume_is_told(small: Path, model: Path, api: ApiServer, tm
 
 
 def test_a_volume_of_another_user_is_told(tmp_path: Path, model: Path, api: ApiServer) -> None:
-    if os.geteuid():
-        absent("only root can become another user")
-    # Other users may not look into pytest's directories.
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    for path in (api.directory, *api.directory.rglob("*")):
-        path.chmod(0o755)
+    let_others_look(tmp_path)
     cache = Cache.prepare(tmp_path / "cache")
     publish(cache, KEY, os.urandom(1000), last_used=0)
     (tmp_path / "models").mkdir()
-
-    def as_nobody(script: str, **environ: object) -> Finished:
-        settings = clean_environ(CACHE_PATH=cache.root, HOME=tmp_path, **environ)
-        settings.pop("COVERAGE_PROCESS_CONFIG", None)  # that user could not write down what was covered
-        done = subprocess.run(
-            [sys.executable, "-c", _AS_NOBODY + script],
-            env=settings,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return Finished(done.returncode, done.stdout, done.stderr)
-
-    done = as_nobody(
-        "sys.exit(download.main())",
-        MODEL_URI=model,
-        OUTPUT_PATH=tmp_path / "models",
-        STORAGE_STRATEGY="pvc",
-    )
+    settings: dict[str, Any] = {"MODEL_URI": model, "OUTPUT_PATH": tmp_path / "models", "STORAGE_STRATEGY": "pvc"}
+    done = users.download_as(NOBODY, [NOBODY], CACHE_PATH=cache.root, **settings)
     assert done.code == 1, done.err
     assert f"user {NOBODY}" in done.last
-    cleaned = as_nobody(
-        f"import cleanup, pathlib; sys.exit(cleanup.main(os.environ, pathlib.Path({str(api.directory)!r})))",
-        **api.environ,
-        TTL_DAYS=0,
-        GRACE_SECONDS=0,
-    )
+    cleaned = users.clean_as(NOBODY, [NOBODY], api, CACHE_PATH=cache.root, TTL_DAYS=0)
     assert cleaned.code == 1, cleaned.err
     assert f"user {NOBODY}" in cleaned.last
     assert cache.has(KEY)
@@ -312,12 +278,65 @@ def test_two_delete_the_same(tmp_path: Path) -> None:
     assert not tree.exists()
 
 
-def test_an_error_says_what_to_do() -> None:
-    for code, words in {
-        errno.ENOSPC: "full",
-        errno.EDQUOT: "full",
-        errno.EROFS: "read-only",
-        errno.EACCES: "fsGroup",
-        errno.EIO: "Input/output",
-    }.items():
-        assert words in disk.explain(OSError(code, os.strerror(code), "/model-cache/x"))
+@pytest.mark.parametrize(
+    ("code", "name", "words"),
+    [
+        (errno.ENOSPC, "/model-cache/x", "free at /); enlarge it"),
+        (errno.ENOSPC, None, "the volume is full; enlarge it"),
+        (errno.EDQUOT, "/model-cache/x", "the quota of its user, group or directory is used up"),
+        (errno.EROFS, "/model-cache/x", "mount a volume there"),
+        (errno.EROFS, 7, "mount it writable"),
+        (errno.EACCES, "/model-cache/x", f"user {os.getuid()} of group"),
+        (errno.EPERM, None, "set runAsUser"),
+        (errno.ENOTDIR, "/model-cache/x", "set another path"),
+        (errno.EIO, "/model-cache/x", "the events of the pod"),
+        (errno.EMFILE, "/model-cache/x", "'/model-cache/x'"),
+    ],
+)
+def test_an_error_says_what_to_do(code: int, name: object, words: str) -> None:
+    error = OSError(code, os.strerror(code), name)
+    explained = disk.explain(error)
+    assert explained.startswith(str(error))
+    assert words in explained
+
+
+def use_up(volume: Path, content: bytes) -> None:
+    for number in range(1000):
+        (volume / f"file-{number}").write_bytes(content)
+
+
+def test_a_full_volume_is_described_before_it_is_emptied(few_files: Path) -> None:
+    """A discard makes room for others, which the error must not report."""
+    emptied = disk.discard_when_full(few_files, lambda: shutil.rmtree(few_files / "files"))
+    (few_files / "files").mkdir()
+    with pytest.raises(OSError, match="No space left") as raised, emptied:
+        use_up(few_files / "files", b"")
+    assert f"no inodes are left at {few_files}: all 40 are in use" in disk.explain(raised.value)
+    assert list(few_files.iterdir()) == []
+
+
+def test_a_write_for_which_there_is_no_room_names_its_volume(small: Path) -> None:
+    """The error of a write has no path of its own."""
+    needing = disk.discard_when_full(small, lambda: None, lambda: 5000)
+    with pytest.raises(OSError, match="No space left") as raised, needing:
+        use_up(small, bytes(100_000))
+    line = re.escape(f"at {small}, 4.9 KiB more needed); enlarge it")
+    assert re.search(rf"'{small}': the volume is full \(.* of .* free {line}", disk.explain(raised.value))
+
+
+def test_the_directory_that_refuses_a_rename_is_named(tmp_path: Path) -> None:
+    """Of the two in the error, either can be the one."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    let_others_look(tmp_path)
+    script = f"""
+for names in (("open/x", "closed/x"), ("closed/x", "open/x"), ("open/x/y", "closed")):
+    old, new = (os.path.join({str(tmp_path)!r}, name) for name in names)
+    print(disk.explain(PermissionError(13, "denied", old, None, new)))
+"""
+    done = users.run_as(script, NOBODY, [NOBODY])
+    assert done.code == 0, done.err
+    explained = done.out.splitlines()
+    assert len(explained) == 3
+    assert [line for line in explained if f": {tmp_path / 'closed'} belongs to user 0, " not in line] == []
