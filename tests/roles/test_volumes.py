@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,13 @@ from tests.support.apiserver import ApiServer
 from tests.support.users import clean_as, download_as, let_others_look
 
 FILES = {"MLmodel": b"flavors: {}", "data/weights": b"w" * 5000}
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Not below pytest's own directory, which each run of pytest closes to other users."""
+    with tempfile.TemporaryDirectory(prefix="darwin-volumes-") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture
