@@ -658,10 +658,11 @@ def test_no_room(local_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["emptydir", "pvc"])
 def test_no_place(strategy: str, local_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    path = {"OUTPUT_PATH": tmp_path / "file" / "x", "CACHE_PATH": tmp_path / "file" / "x"}
+    path = {"OUTPUT_PATH": tmp_path / "file" / "models", "CACHE_PATH": tmp_path / "file" / "cache"}
     done = download(tmp_path, str(local_model), STORAGE_STRATEGY=strategy, **path)
     assert done.code == 1
     assert ("CACHE_PATH" if strategy == "pvc" else "OUTPUT_PATH") in done.last
+    assert "a file is where a directory belongs; remove it, or set another path" in done.last
     assert "Traceback" not in done.err
 
 

@@ -234,7 +234,7 @@ def test_a_cache_on_such_a_volume(poor: Path, model: Path, api: ApiServer, tmp_p
     assert not os.path.lexists(cache.root / alias)
 
     kept = tmp_path / "backing" / "cache"
-    for path in [kept / key / "last_used", *(kept / ".leases").iterdir()]:
+    for path in [kept / "CACHEDIR.TAG", kept / key / "last_used", *(kept / ".leases").iterdir()]:
         os.utime(path, (0, 0))
     assert cache.now() == pytest.approx(time.time(), abs=60)
     cache.touch(key)
@@ -305,6 +305,7 @@ def test_users_of_one_group_share_a_cache(
         assert path.stat().st_mode & 0o020 or path.is_relative_to(Cache(cache).model(key)), path
     for lease in (cache / ".leases").iterdir():
         os.utime(lease, (0, 0))
+    (cache / ".staging").rmdir()  # the third makes it anew, for all
     cleaned = clean_as(THIRD, [THIRD, GROUP], api, umask, CACHE_PATH=cache, TTL_DAYS=0)
     assert cleaned.code == 0, cleaned.err
     assert keys(cache) == []
