@@ -8,6 +8,7 @@ Environment (empty means unset; README has the defaults, `darwin_runtime/http/se
   HOST, PORT              where to listen; port 0 is any free one
   ROOT_PATH               the prefix under which a proxy shows this server, such as /models/iris
   MODEL_NAME              the model's name in URLs, metrics and the log
+  MODEL_VERSION_HEADER    whether the answer of a prediction has the header X-Model-Version
   PREDICT_METHOD          the model's method, such as predict_proba, for requests that name none
   FEATURE_STORE_URL, OFS_ADMIN_URL
                           where features are looked up for requests that name them by key
@@ -91,7 +92,8 @@ def begin(server: Server, settings: Settings, get: Callable[[], Model]) -> Futur
         loaded, began = get(), time.monotonic()
         model = self_test.make_ready(loaded, settings.model_name, fast_path=settings.fast_path)
         batching = settings.batching == "on" or (settings.batching == "auto" and model.batchable)
-        about = about_model(model, model.load_seconds + time.monotonic() - began)
+        seconds = model.load_seconds + time.monotonic() - began
+        about = about_model(model, seconds, settings.model_path or model.directory)
         server.service.use(model, about, batching=batching, on_hang=server.give_up)
         gc.freeze()
         # A large body is ten thousand lists, none of them garbage yet: to look through them fourteen times, as Python

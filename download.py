@@ -21,7 +21,7 @@ from pathlib import Path
 
 from darwin_runtime import mlflow_import, resources
 from darwin_runtime.errors import ConfigError, NoLinks, NotACache, RoleError, StoreUnreachable
-from darwin_runtime.role import leave, log_settings, run_role
+from darwin_runtime.role import leave, log_settings, run_role, write_termination
 from darwin_runtime.settings import Reader
 from darwin_runtime.storage import access, cached_model, digest, disk, fetch, references, resolve
 from darwin_runtime.storage import manifest as manifest_module
@@ -94,8 +94,17 @@ class Settings:
         return Wanted(self.model_uri, self.rollout, self.claim, self.retry, deadline)
 
 
-def to_output(settings: Settings, deadline: Deadline) -> Manifest:
-    """`emptydir`: the model's files at OUTPUT_PATH itself. Returns their manifest."""
+@dataclass(frozen=True)
+class Placed:
+    """The model that is in its place now: its manifest, where it was taken from, and whether MLflow could be asked."""
+
+    manifest: Manifest
+    origin: str
+    fallback: bool = False
+
+
+def to_output(settings: Settings, deadline: Deadline) -> Placed:
+    """`emptydir`: the model's files at OUTPUT_PATH itself."""
     output_module.make(settings.output)
     _clear_other(settings)
     held = output_module.read(settings.output)
@@ -110,25 +119,25 @@ def to_output(settings: Settings, deadline: Deadline) -> Manifest:
         if held is None:
             raise
         log_fallback(error, f"{settings.output} holds", held.manifest.resolved)
-        return held.manifest
+        return Placed(held.manifest, f"{settings.output}, where it already was", fallback=True)
     key = make_key(source.identity, source.listing)
     # What was just found whole is not read again, and nothing is read of another model.
     held = held or output_module.current_record(settings.output, settings.verify, key=key)
     if held and held.key == key:
         output_module.unstage(settings.output)
         logger.info("%s already holds %s, 0 bytes transferred", settings.output, source.label)
-        return held.manifest
+        return Placed(held.manifest, f"{settings.output}, where it already was")
     staging = output_module.stage(settings.output, key)
     model, parts = output_module.staged(staging)
     transfer = Transfer(source, model, parts, settings.retry, deadline)
     manifest = fetch.download(transfer, settings.required, partial(output_module.unstage, settings.output))
     output_module.move(model, settings.output, key, manifest)
     logger.info("%s is at %s", source.label, settings.output)
-    return manifest
+    return Placed(manifest, "its store")
 
 
-def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
-    """`pvc`: the model as an entry of the cache, and links to it (or a copy) at OUTPUT_PATH. Returns its manifest."""
+def through_cache(settings: Settings, deadline: Deadline) -> Placed:
+    """`pvc`: the model as an entry of the cache, and links to it (or a copy) at OUTPUT_PATH."""
     _clear_other(settings)
     try:
         cache = Cache.prepare(settings.cache)
@@ -142,7 +151,7 @@ def through_cache(settings: Settings, deadline: Deadline) -> Manifest:
     if settings.deployment:
         references.set_alias(cache, references.make_alias(settings.deployment, settings.model_uri), key)
     _populate_output(cache, settings, key)
-    return cache.manifest(key)
+    return Placed(cache.manifest(key), f"the cache entry {key}", found.fallback)
 
 
 def _clear_other(settings: Settings) -> None:
@@ -191,17 +200,24 @@ def run(read: Reader) -> None:
     )
     deadline = Deadline(settings.timeout_seconds)
     try:
-        manifest = (through_cache if settings.strategy == "pvc" else to_output)(settings, deadline)
-        logger.info(
-            "%s has sha256 %s, which %s can ask for",
-            settings.model_uri,
-            digest.digest_of(manifest),
-            digest.NAME,
-        )
+        placed = (through_cache if settings.strategy == "pvc" else to_output)(settings, deadline)
+        output_module.note_fallback(settings.output, placed.fallback)
+        sha256 = digest.digest_of(placed.manifest)
+        logger.info("%s has sha256 %s, which %s can ask for", settings.model_uri, sha256, digest.NAME)
+        write_termination(_outcome(settings, placed, sha256))
     except NotACache as error:
         raise RoleError(str(error)) from error
     except OSError as error:
         raise RoleError(f"cannot put {settings.model_uri} on disk: {disk.explain(error)}") from error
+
+
+def _outcome(settings: Settings, placed: Placed, sha256: str) -> str:
+    """A line for `kubectl describe pod`."""
+    resolved = placed.manifest.resolved
+    version = f"{resolved['name']} version {resolved.get('version')}" if "name" in resolved else settings.model_uri
+    how = "FALL-BACK, as MLflow did not answer" if placed.fallback else "no fall-back"
+    rollout = f", rollout {settings.rollout}" if settings.strategy == "pvc" and settings.rollout else ""
+    return f"{version}, sha256 {sha256}, from {placed.origin}; {how}{rollout}"
 
 
 def main(environ: Mapping[str, str] = os.environ) -> int:

@@ -147,11 +147,13 @@ def _head(
 
 async def _send(send: Send, context: RequestContext, reply: Answer, service: Service, *, closing: bool) -> None:
     if isinstance(reply, StreamingReply):
-        await _pour(send, context, reply, service.request_limits.send_seconds, closing=closing)
+        await _pour(send, context, reply, service, closing=closing)
         return
     status, body, media_type, headers = reply
     head = _head(media_type, headers, context.trace, closing=closing)
     head.append((b"content-length", b"%d" % len(body)))
+    if context.rows:
+        head += service.model_headers
     await send({"type": "http.response.start", "status": status, "headers": head})
     if len(body) > PIECE_BYTES:
         await _send_large(send, body, service)
@@ -173,9 +175,10 @@ async def _send_large(send: Send, body: bytes, service: Service) -> None:
         service.unsent -= len(body)
 
 
-async def _pour(send: Send, context: RequestContext, reply: StreamingReply, seconds: float, *, closing: bool) -> None:
-    """Send the pieces of `reply` as they come, until the client leaves or takes more than `seconds` to read one."""
-    head = _head(reply.media_type, (), context.trace, closing=closing)
+async def _pour(send: Send, context: RequestContext, reply: StreamingReply, service: Service, *, closing: bool) -> None:
+    """Send the pieces of `reply` as they come, until the client leaves or takes too long to read one."""
+    seconds = service.request_limits.send_seconds
+    head = [*_head(reply.media_type, (), context.trace, closing=closing), *service.model_headers]
     await send({"type": "http.response.start", "status": reply.status, "headers": head})
     left = asyncio.ensure_future(context.receive())
     pieces = aiter(reply.pieces)

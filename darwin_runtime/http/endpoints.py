@@ -114,9 +114,10 @@ class Endpoints:
 
     async def metrics(self, context: RequestContext) -> Reply:
         known = self.health.loaded if self.health.is_loaded else None
-        names = {"name": self.service.name, "version": "", "flavor": ""}
+        names = {"name": self.service.name, "version": "", "flavor": "", "digest": "", "fallback": ""}
         if known:
             names |= {"version": known.contract.version, "flavor": ",".join(known.model.flavors)}
+            names |= {"digest": known.about.digest, "fallback": known.about.fallback}
         seconds = known.about.load_seconds if known else None
         accept = context.headers.get(b"accept", b"").decode("latin-1")
         shared = self.service.metrics.shared

@@ -29,6 +29,7 @@ def make_server(
         WorkerMetrics(metrics, number),
         settings.limits.request,
         settings.guard,
+        names_version=settings.version_header,
     )
     limiter = ConnectionLimiter(settings.limits.connection, service.metrics.refused, service.metrics.connected)
     app = make_app(service, settings.root_path, settings.origins)

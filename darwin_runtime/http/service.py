@@ -22,7 +22,7 @@ class Service:
     """The model behind the routes: absent until it has loaded and answered its own input example.
 
     `name` is what protocols with names call the model, `store` where features can be looked up, if anywhere, and
-    `guard` says who may ask, if not everybody.
+    `guard` says who may ask, if not everybody. With `names_version` each prediction has the header `X-Model-Version`.
     """
 
     def __init__(
@@ -33,6 +33,8 @@ class Service:
         metrics: WorkerMetrics | None = None,
         request_limits: RequestLimits | None = None,
         guard: Guard | None = None,
+        *,
+        names_version: bool = False,
     ) -> None:
         self.batch_limits = batch_limits
         self.request_limits = request_limits or default_limits().request
@@ -42,6 +44,9 @@ class Service:
         self.store = store
         self.metrics = metrics or WorkerMetrics(SharedMetrics(1), 0)
         self.guard = guard
+        self.names_version = names_version
+        # Of each prediction's answer.
+        self.model_headers: list[tuple[bytes, bytes]] = []
         self.health = Health()
         self.inference_thread = InferenceThread()
         # Called when the model hangs.
@@ -76,6 +81,8 @@ class Service:
             features=self.store is not None,
             policy=self.guard.policy if self.guard else AuthPolicy(),
         )
+        version = loaded.about.version.encode("ascii", "ignore")
+        self.model_headers = [(b"x-model-version", version)] if self.names_version and version else []
         self.health.set_loaded(loaded)
 
     def close(self) -> None:

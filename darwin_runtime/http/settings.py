@@ -89,6 +89,7 @@ class Settings:
     guard: auth.Guard | None
     origins: tuple[str, ...]
     required: str
+    version_header: bool
 
     @classmethod
     def from_env(cls, read: Reader) -> Settings:
@@ -126,6 +127,7 @@ class Settings:
             guard=auth.from_env(read, certificates=tls is not None and tls.asks_certificate),
             origins=cors.from_env(read),
             required=digest.required(read),
+            version_header=read.flag("MODEL_VERSION_HEADER", False),
         )
         settings._check_store(read)
         read.finish()

@@ -39,11 +39,15 @@ logger = logging.getLogger("darwin.download")
 
 @dataclass(frozen=True)
 class Record:
-    """What a run put into an output: the model's key, its manifest, and the names of the top-level entries."""
+    """What a run put into an output: the model's key, its manifest, and the names of the top-level entries.
+
+    `fallback` if MLflow could not be asked which model to take.
+    """
 
     key: str
     manifest: Manifest
     entries: list[str]
+    fallback: bool = False
 
 
 def check_place(read: Reader, output: Path, cache: Path | None, uri: str) -> None:
@@ -73,9 +77,23 @@ def read(output: Path) -> Record | None:
         entries = [str(name) for name in data["entries"]]
         if any(name in ("", ".", "..") or "/" in name for name in entries):
             return None  # what is removed by these names must be directly in the output
-        return Record(str(data["key"]), Manifest.parse(json.dumps(data["manifest"])), entries)
+        manifest = Manifest.parse(json.dumps(data["manifest"]))
+        return Record(str(data["key"]), manifest, entries, data.get("fallback") is True)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def find(path: Path) -> Record | None:
+    """The record of the output that a model is served from: `path`, or the directory of the link `path` for charts."""
+    return read(path.parent if path.name == MODEL_LINK and path.is_symlink() else path)
+
+
+def note_fallback(output: Path, fallback: bool) -> None:
+    """Note in the record of an output, if it has one, whether MLflow could not be asked which model to take."""
+    record = read(output)
+    if record and record.fallback != fallback:
+        text = _dump(record.key, record.manifest, record.entries, fallback=fallback)
+        disk.write_atomically(output / RECORD, text)
 
 
 def current_record(output: Path, verify: str = "size", *, key: str | None = None) -> Record | None:
@@ -210,5 +228,5 @@ def _model_file_last(names: list[str]) -> Iterator[str]:
     yield MODEL_FILE
 
 
-def _dump(key: str, manifest: Manifest, entries: list[str]) -> str:
-    return json.dumps({"key": key, "manifest": json.loads(manifest.dump()), "entries": entries})
+def _dump(key: str, manifest: Manifest, entries: list[str], *, fallback: bool = False) -> str:
+    return json.dumps({"key": key, "manifest": json.loads(manifest.dump()), "entries": entries, "fallback": fallback})

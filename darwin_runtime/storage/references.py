@@ -84,9 +84,10 @@ def set_ref(cache: Cache, place: Mapping[str, str], model_uri: str, key: str) ->
     """Remember what a URI resolved to at a `place` (`access.place`), for when the tracking server can't be asked."""
     path = _ref(cache, place, model_uri)
     if _referred(path) == key:
-        os.utime(path, follow_symlinks=False)  # for which there is room on a full volume
-    else:
-        disk.write_atomically(path, json.dumps({"key": key}))
+        with contextlib.suppress(OSError):  # for which there is room on a full volume
+            os.utime(path, follow_symlinks=False)
+            return
+    disk.write_atomically(path, json.dumps({"key": key}))
 
 
 def find_ref(cache: Cache, place: Mapping[str, str], model_uri: str) -> tuple[str, float] | None:

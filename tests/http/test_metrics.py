@@ -96,7 +96,7 @@ def test_a_thousand_requests_add_up(served: Served) -> None:
 
 
 def test_what_there_is_to_know_of_the_process(served: Served) -> None:
-    assert figure(served, "darwin_model_info", name="iris", version="", flavor="sklearn") == 1
+    assert figure(served, "darwin_model_info", name="iris", version="", flavor="sklearn", digest="", fallback="") == 1
     assert figure(served, "darwin_workers") == 3
     assert 0 < figure(served, "darwin_model_load_seconds") < 600
     for worker in "123":

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage import references
 from darwin_runtime.storage.cache import Cache
-from tests.conftest import ROOT, Tracking, clean_environ, run_fresh, run_role
+from darwin_runtime.storage.digest import digest_of
+from tests.conftest import ROOT, Tracking, clean_environ, free_port, run_fresh, run_role
 from tests.support.apiserver import ApiServer, pod
 from tests.support.registry import Logged, client_of, log_model
-from tests.support.servers import serving
+from tests.support.servers import Served, serving
 
 NAME = "journey"
 URI = f"models:/{NAME}@champion"
@@ -35,6 +37,13 @@ def promote(tracking: Tracking, version: Logged) -> None:
         client.set_registered_model_alias(NAME, "champion", version.version)
 
 
+def info(server: Served) -> dict[str, str]:
+    """The labels of `darwin_model_info`."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    [sample] = [one for family in families if family.name == "darwin_model_info" for one in family.samples]
+    return dict(sample.labels)
+
+
 def test_from_the_registry_to_an_answer_and_away(
     versions: list[Logged], mlflow_server: Tracking, tmp_path: Path
 ) -> None:
@@ -43,9 +52,15 @@ def test_from_the_registry_to_an_answer_and_away(
 
     promote(mlflow_server, versions[0])
     assert run_fresh("download.py", POD_NAME="pod-1", OUTPUT_PATH=old, **pvc).code == 0
-    with serving(old, fresh=True, LOG_LEVEL="DEBUG", **mlflow_server.environ) as server:
+    with serving(old, fresh=True, LOG_LEVEL="DEBUG", MODEL_VERSION_HEADER="true", **mlflow_server.environ) as server:
         answer = server.post("/invocations", {"inputs": [[10.0], [20.0]]})
         assert answer.json() == {"predictions": pytest.approx([10.0, 20.0])}
+        assert answer.headers["X-Model-Version"] == versions[0].version
+        assert "X-Model-Version" not in server.get("/ready").headers
+        assert "X-Model-Version" not in server.post("/invocations", {"inputs": "no"}).headers
+        digest = digest_of(Cache(cache).manifest(Cache(cache).entries(0)[0][0].key))
+        served = {"version": versions[0].version, "digest": digest, "fallback": "false"}
+        assert info(server).items() >= served.items()
         assert server.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([10.0])}
 
         # A rollout while the old pod still serves.
@@ -53,6 +68,7 @@ def test_from_the_registry_to_an_answer_and_away(
         again = run_fresh("download.py", POD_NAME="pod-2", OUTPUT_PATH=new, **pvc)
         assert again.code == 0, again.err
         with serving(new, fresh=True) as successor:
+            assert "X-Model-Version" not in successor.post("/predict", {"features": [10.0]}).headers
             assert successor.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([20.0])}
         assert server.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([10.0])}
         assert mlflow_server.password not in server.log
@@ -77,6 +93,37 @@ def test_from_the_registry_to_an_answer_and_away(
     with serving(new, fresh=True) as survivor:
         assert survivor.post("/predict", {"features": [10.0]}).json() == {"scores": pytest.approx([20.0])}
 
+
+def test_a_fall_back_is_seen(versions: list[Logged], mlflow_server: Tracking, tmp_path: Path) -> None:
+    """By `kubectl describe pod`, in the log, and as a metric; and no longer, once MLflow has answered."""
+    promote(mlflow_server, versions[0])
+    message = tmp_path / "termination-log"
+    message.touch()
+    settings = {"MODEL_URI": URI, "STORAGE_STRATEGY": "pvc", "CACHE_PATH": tmp_path / "cache", "MAX_RETRIES": 0}
+    settings |= {"OUTPUT_PATH": tmp_path / "models", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0, **mlflow_server.environ}
+    proxy = {"HTTP_PROXY": f"http://127.0.0.1:{free_port()}", "NO_PROXY": ""}
+    seen = []
+    for more in ({}, proxy, {}):
+        done = subprocess.run(
+            [sys.executable, "-c", _DOWNLOAD, ROOT, message],
+            env=clean_environ(**settings, **more),
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        with serving(tmp_path / "models") as server:
+            seen.append((message.read_text(), info(server)["fallback"]))
+    for text, fallback in seen:
+        assert text.startswith(f"{NAME} version {versions[0].version}, sha256 ")
+        assert "from the cache entry" in text
+        assert ("; FALL-BACK, as MLflow did not answer" in text) is (fallback == "true")
+    assert [fallback for _, fallback in seen] == ["false", "true", "false"]
+
+
+_DOWNLOAD = "import pathlib, sys; sys.path.insert(0, sys.argv[1]); from darwin_runtime import role; import download; "
+_DOWNLOAD += "role.TERMINATION_LOG = pathlib.Path(sys.argv[2]); sys.exit(download.main())"
 
 _CLEAN = "import os, pathlib, sys; sys.path.insert(0, sys.argv[1]); import cleanup; "
 _CLEAN += "sys.exit(cleanup.main(os.environ, pathlib.Path(sys.argv[2])))"
