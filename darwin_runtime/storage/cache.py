@@ -87,12 +87,16 @@ class Lease:
 
 @dataclass(frozen=True)
 class Entry:
-    """A published entry; `idle` is the time since it was last needed, in seconds, by the file server's clock."""
+    """A published entry; `idle` is the time since it was last needed, in seconds, by the file server's clock.
+
+    `version` is that of a registered model, else empty.
+    """
 
     key: str
     bytes: int
     idle: float
     model_uri: str
+    version: str = ""
 
     @property
     def columns(self) -> tuple[str, str, str]:
@@ -287,7 +291,8 @@ class Cache:
             except (OSError, ValueError):
                 strange.append(name)
                 continue
-            known.append(Entry(name, manifest.bytes, max(0.0, now - used), manifest.model_uri))
+            version = manifest.resolved.get("version", "") if "name" in manifest.resolved else ""
+            known.append(Entry(name, manifest.bytes, max(0.0, now - used), manifest.model_uri, version))
         return known, strange
 
     # Leases

@@ -260,17 +260,18 @@ def discard_when_full(
 
 
 def explain(error: OSError) -> str:
-    """A file system's error with its reason and remedy, for a message that ends in it."""
+    """The reason of a file system's error, its remedy, and in brackets the words of the kernel."""
     if isinstance(error, VolumeFull):
-        return f"{error}: {error.remedy}"
-    if error.errno in FULL:
-        return f"{error}: {_why_full(error)}"
-    if error.errno == errno.EROFS:
-        return f"{error}: {_why_read_only(error)}"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{error}: {_why_refused(error)}"
-    remedy = _REMEDIES.get(error.errno or 0)
-    return f"{error}: {remedy}" if remedy else str(error)
+        remedy: str | None = error.remedy
+    elif error.errno in FULL:
+        remedy = _why_full(error)
+    elif error.errno == errno.EROFS:
+        remedy = _why_read_only(error)
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        remedy = _why_refused(error)
+    else:
+        remedy = _REMEDIES.get(error.errno or 0)
+    return f"{remedy} ({error})" if remedy else str(error)
 
 
 _REMEDIES = {

@@ -15,6 +15,7 @@ from darwin_runtime.storage.cache import Cache
 from darwin_runtime.storage.manifest import File, Manifest
 from tests.conftest import Finished, clean_environ
 from tests.support import prepared
+from tests.support.apiserver import ApiServer, pod
 
 A, B = "a" * 64, "b" * 64
 
@@ -31,7 +32,7 @@ def cache(tmp_path: Path) -> Cache:
         staging = locks.stage(made, key)
         (cache_module.model_of(staging) / "MLmodel").write_bytes(key.encode())
         file = File("MLmodel", 64, hashlib.sha256(key.encode()).hexdigest())
-        locks.publish(made, staging, key, Manifest(f"models:/{key[0]}/1", {}, [file]))
+        locks.publish(made, staging, key, Manifest(f"models:/{key[0]}@live", {"name": key[0], "version": "7"}, [file]))
     made.lease("web-1", "/models", A)
     made.lease("web-2", "/models", A)
     references.set_alias(made, "c" * 64, A)
@@ -45,10 +46,38 @@ def test_list(cache: Cache) -> None:
     lines = {line.split()[0]: line for line in done.out.splitlines()}
     assert "64 B" in lines["a" * 12]
     assert "web-1, web-2" in lines["a" * 12]
-    assert "models:/a/1, alias cccccccccccc" in lines["a" * 12]
+    assert "models:/a@live, alias cccccccccccc" in lines["a" * 12]
+    assert lines["a" * 12].split()[5] == "7"
     assert " - " in lines["b" * 12]
+    assert "users may be gone: the pods cannot be listed (KUBERNETES_SERVICE_HOST is not set" in done.out
     assert "notes is not an entry" in lines["notes"]
     assert done.out.splitlines()[-1] == "2 entries, 128 B, 0 in the trash"
+
+
+def test_users_that_are_gone_are_marked(
+    cache: Cache, api: ApiServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (cache.root / ".leases").iterdir():
+        os.utime(path, (0, 0))
+    for name, value in api.environ.items():
+        monkeypatch.setenv(name, value)
+    api.pods = [pod("web-1")]
+    assert command.main(["cache", "--cache", str(cache.root), "list"], api.directory) == 0
+    told = capsys.readouterr().out
+    assert "web-1, web-2 (gone)" in told
+    assert "may be gone" not in told
+
+
+def test_a_service_account_that_may_not_list_pods(
+    cache: Cache, api: ApiServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in api.environ.items():
+        monkeypatch.setenv(name, value)
+    (api.directory / "token").write_text("another-token")
+    assert command.main(["cache", "--cache", str(cache.root), "list"], api.directory) == 0
+    told = capsys.readouterr().out
+    assert "web-1, web-2 " in told
+    assert "users may be gone: the pods cannot be listed (Kubernetes API: 40" in told
 
 
 def test_verify(cache: Cache) -> None:

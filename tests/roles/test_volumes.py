@@ -252,7 +252,8 @@ def test_a_server_that_refuses_root_is_named(model: Path, tmp_path: Path) -> Non
     with fuse.mounted(tmp_path / "backing", tmp_path / "poor", mkdir="EACCES") as volume:
         done = download(model, tmp_path / "models", volume / "cache")
     assert done.code == 1
-    assert f"cannot write to CACHE_PATH {volume / 'cache'}: [Errno {errno.EACCES}]" in done.last
+    assert f"cannot write to CACHE_PATH {volume / 'cache'}: user 0 of group" in done.last
+    assert f"([Errno {errno.EACCES}] " in done.last
     assert "(root_squash)" in done.last
     assert "set runAsUser" in done.last
 
@@ -380,19 +381,22 @@ def test_an_output_that_can_not_be_made_is_explained(strategy: str, volume: Path
     settings = {"STORAGE_STRATEGY": strategy, "OUTPUT_PATH": closed / "deep"}
     done = download_as(SECOND, [SECOND, GROUP], **through(volume, model, SECOND, **settings))
     assert done.code == 1
-    assert f"cannot create OUTPUT_PATH {closed / 'deep'}: [Errno {errno.EACCES}] Permission denied" in done.last
+    assert f"cannot create OUTPUT_PATH {closed / 'deep'}: user " in done.last
+    assert f"([Errno {errno.EACCES}] Permission denied: '{closed / 'deep'}')" in done.last
     assert f"{closed} belongs to user {FIRST}" in done.last
     assert f"runAsUser to {FIRST}" in done.last
 
     settings["OUTPUT_PATH"] = closed
     done = download_as(SECOND, [SECOND, GROUP], **through(volume, model, SECOND, **settings))
     assert done.code == 1
-    assert f"cannot write to OUTPUT_PATH {closed}: [Errno {errno.EACCES}] Permission denied" in done.last
+    assert f"cannot write to OUTPUT_PATH {closed}: user " in done.last
+    assert f"([Errno {errno.EACCES}] Permission denied: '{closed}')" in done.last
     assert f"runAsUser to {FIRST}" in done.last
 
     settings["OUTPUT_PATH"] = model.with_name("file")
     model.with_name("file").touch()
     done = download_as(SECOND, [SECOND, GROUP], **through(volume, model, SECOND, **settings))
     assert done.code == 1
-    assert f"cannot create OUTPUT_PATH {model.with_name('file')}: [Errno {errno.EEXIST}] File exists" in done.last
+    assert f"cannot create OUTPUT_PATH {model.with_name('file')}: a file is where a directory belongs" in done.last
+    assert f"([Errno {errno.EEXIST}] File exists: " in done.last
     assert "a file is where a directory belongs; remove it, or set another path" in done.last

@@ -150,7 +150,7 @@ def test_a_copy_that_does_not_fit_leaves_nothing(small: Path, model: Path, tmp_p
     (model / "large").write_bytes(bytes(9_000_000))
     done = cached(model, tmp_path / "cache", small / "models", LINK_MODE="copy")
     assert done.code == 1
-    assert re.search(rf"No space left on device: '{small}.*the volume is full \(.* of .* free at {small}\)", done.last)
+    assert re.search(rf"the volume is full \(.* of .* free at {small}\).*No space left on device: '{small}", done.last)
     assert os.listdir(small / "models") == []
 
 
@@ -296,7 +296,7 @@ def test_two_delete_the_same(tmp_path: Path) -> None:
 def test_an_error_says_what_to_do(code: int, name: object, words: str) -> None:
     error = OSError(code, os.strerror(code), name)
     explained = disk.explain(error)
-    assert explained.startswith(str(error))
+    assert explained == str(error) if code == errno.EMFILE else explained.endswith(f" ({error})")
     assert words in explained
 
 
@@ -321,7 +321,7 @@ def test_a_write_for_which_there_is_no_room_names_its_volume(small: Path) -> Non
     with pytest.raises(OSError, match="No space left") as raised, needing:
         use_up(small, bytes(100_000))
     line = re.escape(f"at {small}, 4.9 KiB more needed); enlarge it")
-    assert re.search(rf"'{small}': the volume is full \(.* of .* free {line}", disk.explain(raised.value))
+    assert re.search(rf"the volume is full \(.* of .* free {line}.*'{small}'\)$", disk.explain(raised.value))
 
 
 def test_the_directory_that_refuses_a_rename_is_named(tmp_path: Path) -> None:
