@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,3 +237,37 @@ def test_one_pod_of_many_asks_mlflow(warm: bool, cluster: Cluster) -> None:
             assert process.returncode == 0, err
     assert cluster.registry.asked - before <= 20
     assert {(cluster.home / f"p{number}" / "models" / "version").read_text() for number in range(12)} == {"1"}
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_a_pod_that_is_stopped_gives_its_locks_up_at_once(style: str, cluster: Cluster) -> None:
+    """Its successor need not wait until it counts as dead, and its last line is like the others."""
+    begun, go_on = threading.Event(), threading.Event()
+    answer = cluster.registry.answer
+
+    def slow(handler: Handler, at: str, query: Mapping[str, str]) -> object:
+        if at.endswith("/1/version"):
+            begun.set()
+            go_on.wait(60)
+        return answer(handler, at, query)
+
+    with mlflow({"1/MLmodel": MLMODEL, "1/version": b"1"}, slow) as cluster.registry.url:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "download.py"],
+            env=clean_environ(**cluster.settings("a", OLD), LOG_FORMAT=style),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert begun.wait(60)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+        go_on.set()
+        assert process.returncode == 143
+        last = err.splitlines()[-1]
+        assert (json.loads(last)["message"] if style == "json" else last).endswith("stopped by SIGTERM")
+        locks = [path for path in (cluster.home / "cache").rglob(".locks/*") if path.is_file()]
+        assert len(locks) == 2, "of the download, and of the rollout"
+        assert all(json.loads(path.read_text())["released"] for path in locks)
+        done = cluster.start("b", OLD)
+    assert done.code == 0, done.err
+    assert "waiting for" not in done.err
