@@ -50,16 +50,19 @@ def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = Tr
     tensors = read_tensors(given.get("inputs"), tail)
     parameters = parameters_of(given, "the request")
     params, method = parse_params(parameters, contract)
-    wanted, label = _wanted(given.get("outputs"), contract)
-    if label and METHOD in parameters and label != (method or contract.method):
-        raise BadRequest(f"output {label!r} is asked for, and {method or contract.method!r} by {METHOD}")
-    if label and label != contract.method:
-        method = label
+    wanted, labels = _wanted(given.get("outputs"), contract)
+    if METHOD in parameters and (others := [label for label in labels if label != (method or contract.method)]):
+        raise BadRequest(f"output {others[0]!r} is asked for, and {method or contract.method!r} by {METHOD}")
+    methods = ["" if label == contract.method else label for label in labels]
+    if len(labels) < len(wanted or ()) and method not in methods:
+        methods.append(method)
     name = given.get("id")
     if name is not None and not isinstance(name, str):
         raise BadRequest("id must be a string")
-    form = Form(name, label, wanted, bool(parameters.get(WANTS_BINARY)))
-    return Request(_rows(tensors, contract), params, contract, method, form)
+    form = Form(name, labels, wanted, bool(parameters.get(WANTS_BINARY)))
+    several = tuple(methods) if len(methods) > 1 else ()
+    method = "" if several else (methods or [method])[0]
+    return Request(_rows(tensors, contract), params, contract, method, form, methods=several)
 
 
 def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
@@ -70,19 +73,16 @@ def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
     return body[: int(length)], memoryview(body)[int(length) :]
 
 
-def _wanted(outputs: Any, contract: ModelSpec) -> tuple[dict[str, bool | None] | None, str]:
-    """Which outputs are wanted, and whether in binary; and a method, if one is asked for as MLServer's clients do."""
+def _wanted(outputs: Any, contract: ModelSpec) -> tuple[dict[str, bool | None] | None, list[str]]:
+    """Which outputs are wanted, and whether in binary; and which of them are methods, as in MLServer."""
     if outputs is None or outputs == []:
-        return None, ""
+        return None, []
     if not isinstance(outputs, list) or not all(
         isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
     ):
         raise BadRequest("outputs must be a list of objects with a name")
     wanted = {each["name"]: parameters_of(each, f"output {each['name']!r}").get("binary_data") for each in outputs}
-    asked = [name for name in wanted if name in contract.methods and name not in _names(contract)]
-    if asked and len(wanted) > 1:
-        raise BadRequest(f"outputs {', '.join(wanted)[:200]} cannot be had at once: ask for one of them at a time")
-    return wanted, asked[0] if asked else ""
+    return wanted, [name for name in wanted if name in contract.methods and name not in _names(contract)]
 
 
 def _names(contract: ModelSpec) -> list[str]:
@@ -171,13 +171,13 @@ def _typed(tensor: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Form:
-    """The answer's form that a client wants: with its `id`, and called by what `label`, if not as usual.
+    """The answer's form that a client wants: with its `id`, and an output for each method in `labels`.
 
     `wanted` says which outputs, and whether each is to be `binary`, if it is not as for all.
     """
 
     id: str | None
-    label: str
+    labels: Sequence[str]
     wanted: Mapping[str, bool | None] | None
     binary: bool
 
@@ -185,29 +185,34 @@ class Form:
 def write(output: Any, request: Request) -> Reply:
     """Raises `EncodingError`, and `BadRequest` for an output that the model hasn't got."""
     contract, form = request.contract, request.form
-    named = [(form.label, output)] if form.label else _outputs(output, contract, request.method)
-    # The values of a column make one, as in the metadata.
-    columns = not request.method and any(spec["type"] != "tensor" for spec in contract.outputs)
-    found = dict(zip(names_of(key for key, _ in named), (values for _, values in named), strict=True))
+    named = []
+    for method, answer in (output if request.methods else {request.method: output}).items():
+        label = method or contract.method
+        outputs = [(label, answer)] if label in form.labels else _outputs(answer, contract, method)
+        # The values of a column make one, as in the metadata.
+        columns = not method and any(spec["type"] != "tensor" for spec in contract.outputs)
+        named += [(key, values, columns) for key, values in outputs]
+    found = dict(zip(names_of(key for key, _, _ in named), named, strict=True))
     wanted = dict.fromkeys(found) if form.wanted is None else form.wanted
     if absent := [key for key in wanted if key not in found]:
         raise BadRequest(f"there is no output {absent[0][:100]!r}: there is {', '.join(found)}")
-    outputs, buffers = [], []
-    for key, asked in wanted.items():
-        made = to_tensor(key, found[key], column=columns)
-        described: dict[str, Any] = {"name": key, "datatype": made.datatype, "shape": made.shape}
-        if (form.binary if asked is None else asked) and (packed := pack(made)) is not None:
+    described, buffers = [], []
+    for name, asked in wanted.items():
+        _, values, columns = found[name]
+        made = to_tensor(name, values, column=columns)
+        is_binary = form.binary if asked is None else asked
+        if is_binary and (packed := pack(made)) is not None:
             buffers.append(packed)
-            described["parameters"] = {"binary_data_size": len(packed)}
+            data: dict[str, Any] = {"parameters": {"binary_data_size": len(packed)}}
         else:
-            described["data"] = made.values
-        outputs.append(described)
-    answer: dict[str, Any] = {"model_name": contract.name}
+            data = {"data": made.values}
+        described.append({"name": name, "datatype": made.datatype, "shape": made.shape, **data})
+    told: dict[str, Any] = {"model_name": contract.name}
     if contract.version:
-        answer["model_version"] = contract.version
+        told["model_version"] = contract.version
     if form.id is not None:
-        answer["id"] = form.id
-    head = dump({**answer, "outputs": outputs})
+        told["id"] = form.id
+    head = dump({**told, "outputs": described})
     if not buffers:
         return Reply(200, head)
     return Reply(200, b"".join([head, *buffers]), BINARY, ((LENGTH, str(len(head))),))

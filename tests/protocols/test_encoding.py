@@ -100,7 +100,7 @@ def loads(data: bytes) -> Any:
 
 def infer(output: Any, *, binary: bool) -> tuple[Any, bytes]:
     """The JSON of an answer in V2, and what follows it."""
-    reply = open_inference.write(output, Request(ROWS, {}, CONTRACT, "", Form(None, "", None, binary)))
+    reply = open_inference.write(output, Request(ROWS, {}, CONTRACT, "", Form(None, (), None, binary)))
     length = int(dict(reply.headers).get(open_inference.LENGTH, len(reply.body)))
     return loads(reply.body[:length]), reply.body[length:]
 

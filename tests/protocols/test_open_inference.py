@@ -297,8 +297,23 @@ def test_methods_are_asked_for_as_outputs_or_as_a_parameter() -> None:
         [output] = json.loads(open_inference.write(np.array([[0.25, 0.75]]), request).body)["outputs"]
         assert output == {"name": "predict_proba", "datatype": "FP64", "shape": [1, 2], "data": [0.25, 0.75]}
     assert read({**base, "outputs": [{"name": "predict"}]}, METHODS).method == ""
-    with pytest.raises(BadRequest, match="one of them at a time"):
-        read({**base, "outputs": [{"name": "predict"}, {"name": "predict_proba"}]}, METHODS)
+    both = read({**base, "outputs": [{"name": "predict"}, {"name": "predict_proba"}]}, METHODS)
+    assert (both.method, both.methods) == ("", ("", "predict_proba"))
+    answers = {"": np.array([1]), "predict_proba": np.array([[0.25, 0.75]])}
+    assert [each["data"] for each in json.loads(open_inference.write(answers, both).body)["outputs"]] == [
+        [1],
+        [0.25, 0.75],
+    ]
+    named = ModelSpec(
+        ROWS.input_schema, NO_PARAMS, outputs=[{"type": "long", "name": "label"}], methods=METHODS.methods
+    )
+    request = read({**base, "outputs": [{"name": "predict_proba"}, {"name": "label"}]}, named)
+    assert request.methods == ("predict_proba", "")
+    outputs = json.loads(open_inference.write(answers, request).body)["outputs"]
+    assert [(each["name"], each["shape"]) for each in outputs] == [("predict_proba", [1, 2]), ("label", [1, 1])]
+    unknown = read({**base, "outputs": [{"name": "predict_proba"}, {"name": "other"}]}, named)
+    with pytest.raises(BadRequest, match="no output 'other': there is label, predict_proba"):
+        open_inference.write(answers, unknown)
     with pytest.raises(InputError, match="predict_method: one of predict, predict_proba"):
         read({**base, "parameters": {"predict_method": "fit"}}, METHODS)
 
