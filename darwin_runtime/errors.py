@@ -47,8 +47,6 @@ class InputError(InvalidInput):
         self.total = len(self.problems) if total is None else total
         more = self.total - len(self.problems)
         super().__init__("; ".join(p.message for p in self.problems) + (f"; and {more} more" if more else ""))
-        if any(problem.error_type == "missing" for problem in self.problems):
-            self.code = "INVALID_PARAMETER_VALUE"
 
 
 class ParamsError(InputError):

@@ -126,7 +126,7 @@ class Batcher:
         if isinstance(request, Request):
             count = request.rows.count
             # That rows are independent is proven for the usual method alone.
-            kind = request.rows.batch_key if self._batching and not request.method else None
+            kind = request.rows.batch_key if self._batching and not (request.method or request.methods) else None
             if kind is not None and request.params:
                 kind = (kind, repr(sorted(request.params.items())))
         loop = asyncio.get_running_loop()
@@ -217,7 +217,11 @@ class Batcher:
     def _alone(self, pending: PendingRequest, began: float) -> Answered:
         request = pending.request if isinstance(pending.request, Request) else pending.request()
         asked = perf_counter()
-        output = self._predict(request.rows, request.params, request.method)
+        rows, params = request.rows, request.params
+        if request.methods:
+            output: Any = {method: self._predict(rows, params, method) for method in request.methods}
+        else:
+            output = self._predict(rows, params, request.method)
         answered = perf_counter()
         reply = pending.write(output, request)
         return Answered(reply, request.rows.count, began - pending.arrived, answered - asked, perf_counter() - answered)

@@ -61,8 +61,8 @@ class Endpoints:
         if context.path("name").endswith(":predict"):
             raise HTTPException(405, headers={"Allow": "POST"})
         self._check_name(context)
-        ready = self.health.is_loaded and not self.health.draining
-        return protocols.reply(200, {"name": self.service.name, "ready": ready})
+        self.health.check_ready()
+        return protocols.reply(200, {"name": self.service.name, "ready": True})
 
     async def v2_server(self, _: RequestContext) -> Reply:
         return open_inference.server_metadata(VERSION)

@@ -15,7 +15,8 @@ from typing import Any
 
 from darwin_runtime.errors import DeadlineExceeded, Overloaded
 
-MEDIA_TYPE = "text/event-stream"
+# Without a charset, Python's `requests` takes ISO-8859-1.
+MEDIA_TYPE = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 
 # Each has a thread of its own.

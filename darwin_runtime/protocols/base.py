@@ -43,6 +43,7 @@ Headers = Mapping[bytes, bytes]
 class Request(NamedTuple):
     """A request that was read by the model's `contract`. `method` is the model's, if not its usual one.
 
+    With several `methods`, the output is a dict of what each answers; "" is the usual one.
     `form` is the answer's form that the client wants: each protocol has its own. With `stream`, the client wants the
     answer piece by piece.
     """
@@ -53,6 +54,7 @@ class Request(NamedTuple):
     method: str = ""
     form: Any = JSON
     stream: bool = False
+    methods: tuple[str, ...] = ()
 
 
 class Reply(NamedTuple):

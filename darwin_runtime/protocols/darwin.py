@@ -82,9 +82,9 @@ def write_scores(output: Any, classes: Sequence[Any] | None = None, method: str 
     """`{"scores": [...]}`; of probabilities also the most probable class of each row. Raises `EncodingError`."""
     try:
         scores = plain(output)
-    except (TypeError, ValueError):
+    except EncodingError:  # dump() raises it again, with the place
         scores = [output]
-    answer: dict[str, Any] = {"scores": scores if isinstance(scores, (list, tuple)) else [scores]}
+    answer: dict[str, Any] = {"scores": scores if isinstance(scores, list) else [scores]}
     if method == "predict_proba":
         answer["probabilities"] = answer["scores"]
         if classes is not None and isinstance(output, np.ndarray) and output.shape[1:] == (len(classes),):

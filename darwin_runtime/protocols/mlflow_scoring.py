@@ -7,11 +7,20 @@ is not `mlflow`, so that an import can't mean the other.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from darwin_runtime.errors import BadRequest, InvalidInput, UnsupportedMediaType, as_request_error
+from darwin_runtime.errors import (
+    BadRequest,
+    InputError,
+    InvalidInput,
+    Problem,
+    UnsupportedMediaType,
+    as_request_error,
+)
 from darwin_runtime.protocols.base import (
     CSV,
     JSON,
@@ -80,7 +89,13 @@ def _split(value: Any, plan: InputSchema) -> Rows:
     if unknown:
         shown = ", ".join(sorted(unknown)[:20])[:200]
         raise BadRequest(f"dataframe_split has only columns, index and data, not {shown}")
-    return plan.split(value.get("columns"), value["data"], value.get("index"))
+    try:
+        return plan.split(value.get("columns"), value["data"], value.get("index"))
+    except InputError as error:
+        # MLflow puts names and values together, with BAD_REQUEST, before it looks for columns.
+        if value.get("columns") is not None and all(problem.error_type != "missing" for problem in error.problems):
+            raise BadRequest(str(error)) from None
+        raise
 
 
 def _chat(given: dict[str, Any], contract: ModelSpec) -> Request:
@@ -117,4 +132,27 @@ def render_error(error: Exception) -> Reply:
     kind = (
         "Invalid input: " if isinstance(known, InvalidInput) else "Prediction failed: " if known.status == 500 else ""
     )
-    return reply(known.status, {"error_code": known.code, "message": f"{kind}{known}"}, known.headers)
+    code = _code(known.problems) if type(known) is InputError else known.code
+    return reply(known.status, {"error_code": code, "message": f"{kind}{known}"}, known.headers)
+
+
+def _code(problems: Sequence[Problem]) -> str:
+    """MLflow converts values first, with one code, and then enforces names, counts and shapes, with the other."""
+    converted = all(_is_of_shape(problem) or problem.actual in _NUMBERS for problem in problems)
+    return "INVALID_PARAMETER_VALUE" if converted and any(map(_is_of_shape, problems)) else "BAD_REQUEST"
+
+
+_NUMBERS = ("boolean", "integer", "number")
+
+# numpy converts no lists of several lengths.
+_RAGGED = re.compile(r"lengths along axis \d+: \d+,")
+
+
+def _is_of_shape(problem: Problem) -> bool:
+    """Whether the problem is a missing column, a count or a shape, and not a value."""
+    if problem.error_type == "missing":
+        return "." not in problem.field  # a property of an object is a part of a value
+    if problem.actual == "object":
+        return "each column" in problem.expected
+    whole = problem.row is None or not problem.field or (problem.field.startswith("[") and problem.actual == "array")
+    return whole and problem.actual not in ("string", "null") and not _RAGGED.search(problem.message)

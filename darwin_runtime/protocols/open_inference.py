@@ -10,8 +10,6 @@ A request's tensors are either one for each column of the signature, of shape [n
 from __future__ import annotations
 
 import base64
-import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from darwin_runtime.errors import BadRequest, EncodingError
+from darwin_runtime.errors import BadRequest
 from darwin_runtime.protocols import kserve_v1
 from darwin_runtime.protocols.base import METHOD, Headers, Reply, Request, parse_params, read_object
-from darwin_runtime.protocols.encoding import dump, plain
-from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES, NUMBERS, Tensor, parameters_of, read_tensors
+from darwin_runtime.protocols.encoding import as_table, dump, names_of, opened, to_tensor
+from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES, NUMBERS, Tensor, pack, parameters_of, read_tensors
 from darwin_runtime.schema.model_spec import ModelSpec
 from darwin_runtime.schema.rows import Array, Rows
 from darwin_runtime.schema.signature import Spec
@@ -52,16 +50,19 @@ def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = Tr
     tensors = read_tensors(given.get("inputs"), tail)
     parameters = parameters_of(given, "the request")
     params, method = parse_params(parameters, contract)
-    wanted, label = _wanted(given.get("outputs"), contract)
-    if label and METHOD in parameters and label != (method or contract.method):
-        raise BadRequest(f"output {label!r} is asked for, and {method or contract.method!r} by {METHOD}")
-    if label and label != contract.method:
-        method = label
+    wanted, labels = _wanted(given.get("outputs"), contract)
+    if METHOD in parameters and (others := [label for label in labels if label != (method or contract.method)]):
+        raise BadRequest(f"output {others[0]!r} is asked for, and {method or contract.method!r} by {METHOD}")
+    methods = ["" if label == contract.method else label for label in labels]
+    if len(labels) < len(wanted or ()) and method not in methods:
+        methods.append(method)
     name = given.get("id")
     if name is not None and not isinstance(name, str):
         raise BadRequest("id must be a string")
-    form = Form(name, label, wanted, bool(parameters.get(WANTS_BINARY)))
-    return Request(_rows(tensors, contract), params, contract, method, form)
+    form = Form(name, labels, wanted, bool(parameters.get(WANTS_BINARY)))
+    several = tuple(methods) if len(methods) > 1 else ()
+    method = "" if several else (methods or [method])[0]
+    return Request(_rows(tensors, contract), params, contract, method, form, methods=several)
 
 
 def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
@@ -72,19 +73,16 @@ def _parts(body: bytes, length: bytes | None) -> tuple[bytes, memoryview]:
     return body[: int(length)], memoryview(body)[int(length) :]
 
 
-def _wanted(outputs: Any, contract: ModelSpec) -> tuple[dict[str, bool | None] | None, str]:
-    """Which outputs are wanted, and whether in binary; and a method, if one is asked for as MLServer's clients do."""
+def _wanted(outputs: Any, contract: ModelSpec) -> tuple[dict[str, bool | None] | None, list[str]]:
+    """Which outputs are wanted, and whether in binary; and which of them are methods, as in MLServer."""
     if outputs is None or outputs == []:
-        return None, ""
+        return None, []
     if not isinstance(outputs, list) or not all(
         isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
     ):
         raise BadRequest("outputs must be a list of objects with a name")
     wanted = {each["name"]: parameters_of(each, f"output {each['name']!r}").get("binary_data") for each in outputs}
-    asked = [name for name in wanted if name in contract.methods and name not in _names(contract)]
-    if asked and len(wanted) > 1:
-        raise BadRequest(f"outputs {', '.join(wanted)[:200]} cannot be had at once: ask for one of them at a time")
-    return wanted, asked[0] if asked else ""
+    return wanted, [name for name in wanted if name in contract.methods and name not in _names(contract)]
 
 
 def _names(contract: ModelSpec) -> list[str]:
@@ -173,13 +171,13 @@ def _typed(tensor: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Form:
-    """The answer's form that a client wants: with its `id`, and called by what `label`, if not as usual.
+    """The answer's form that a client wants: with its `id`, and an output for each method in `labels`.
 
     `wanted` says which outputs, and whether each is to be `binary`, if it is not as for all.
     """
 
     id: str | None
-    label: str
+    labels: Sequence[str]
     wanted: Mapping[str, bool | None] | None
     binary: bool
 
@@ -187,94 +185,51 @@ class Form:
 def write(output: Any, request: Request) -> Reply:
     """Raises `EncodingError`, and `BadRequest` for an output that the model hasn't got."""
     contract, form = request.contract, request.form
-    named = {form.label: output} if form.label else _outputs(output, contract, request.method)
-    # A column's values are told as one, as the metadata does.
-    columns = not request.method and any(spec["type"] != "tensor" for spec in contract.outputs)
-    found = {key: _array_of(values, column=columns) for key, values in named.items()}
+    named = []
+    for method, answer in (output if request.methods else {request.method: output}).items():
+        label = method or contract.method
+        outputs = [(label, answer)] if label in form.labels else _outputs(answer, contract, method)
+        # The values of a column make one, as in the metadata.
+        columns = not method and any(spec["type"] != "tensor" for spec in contract.outputs)
+        named += [(key, values, columns) for key, values in outputs]
+    found = dict(zip(names_of(key for key, _, _ in named), named, strict=True))
     wanted = dict.fromkeys(found) if form.wanted is None else form.wanted
     if absent := [key for key in wanted if key not in found]:
         raise BadRequest(f"there is no output {absent[0][:100]!r}: there is {', '.join(found)}")
-    outputs, buffers = [], []
-    for key, asked in wanted.items():
-        array = found[key]
-        datatype = DATATYPES.get(array.dtype, BYTES)
-        described: dict[str, Any] = {"name": key, "datatype": datatype, "shape": list(array.shape)}
-        if form.binary if asked is None else asked:
-            little = array.dtype.newbyteorder("<")
-            buffers.append(_packed(array) if datatype == BYTES else array.astype(little, copy=False).tobytes())
-            described["parameters"] = {"binary_data_size": len(buffers[-1])}
+    described, buffers = [], []
+    for name, asked in wanted.items():
+        _, values, columns = found[name]
+        made = to_tensor(name, values, column=columns)
+        is_binary = form.binary if asked is None else asked
+        if is_binary and (packed := pack(made)) is not None:
+            buffers.append(packed)
+            data: dict[str, Any] = {"parameters": {"binary_data_size": len(packed)}}
         else:
-            flat = array.ravel()
-            described["data"] = [_text(value) for value in flat] if datatype == BYTES else flat.tolist()
-        outputs.append(described)
-    answer: dict[str, Any] = {"model_name": contract.name}
+            data = {"data": made.values}
+        described.append({"name": name, "datatype": made.datatype, "shape": made.shape, **data})
+    told: dict[str, Any] = {"model_name": contract.name}
     if contract.version:
-        answer["model_version"] = contract.version
+        told["model_version"] = contract.version
     if form.id is not None:
-        answer["id"] = form.id
-    head = dump({**answer, "outputs": outputs})
+        told["id"] = form.id
+    head = dump({**told, "outputs": described})
     if not buffers:
         return Reply(200, head)
     return Reply(200, b"".join([head, *buffers]), BINARY, ((LENGTH, str(len(head))),))
 
 
-def _outputs(output: Any, contract: ModelSpec, method: str) -> dict[str, Any]:
+def _outputs(output: Any, contract: ModelSpec, method: str) -> Sequence[tuple[Any, Any]]:
     """The tensors in `output`, by name: those of the signature, else that of `method`, or of the usual one."""
-    if isinstance(output, list) and output and all(isinstance(row, dict) for row in output):
-        output = pd.DataFrame(output)
-    if isinstance(output, pd.DataFrame):
-        return {str(key): output[key] for key in output.columns}
-    if isinstance(output, dict):
-        return {str(key): value for key, value in output.items()}
     names = [] if method else _names(contract)
     if isinstance(output, np.ndarray) and len(names) > 1 and output.shape[1:] == (len(names),):
-        return dict(zip(names, output.T, strict=True))
-    return {names[0] if len(names) == 1 else method or contract.method: output}
-
-
-def _array_of(values: Any, *, column: bool) -> Array:
-    """Numbers of a type that the protocol has, or objects; of two dimensions at least if it is a `column`."""
-    column = column or isinstance(values, pd.Series)
-    try:
-        array = np.asarray(_listed(values))
-    except ValueError:  # lists of several lengths
-        array = np.fromiter(values, dtype=object, count=len(values))
-    native = array.dtype.newbyteorder("=")
-    if array.dtype.kind == "M":
-        array = np.array(plain(array), dtype=object)
-    else:
-        array = array.astype(native if native in DATATYPES else object, copy=False)
-    if column and array.ndim == 1:
-        return array.reshape(-1, 1)
-    return np.ascontiguousarray(np.atleast_1d(array))
-
-
-def _listed(values: Any) -> Any:
-    if hasattr(values, "toarray"):
-        return values.toarray()
-    return values.to_numpy() if isinstance(values, (pd.Series, pd.Index)) else values
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    try:
-        made = plain(value)
-    except TypeError as error:
-        raise EncodingError(f"the model's output has no form as a tensor: {error}") from error
-    return made if isinstance(made, str) else dump(made).decode()
-
-
-def _packed(array: Array) -> bytes:
-    parts = []
-    for value in array.ravel():
-        data = value if isinstance(value, bytes) else _text(value).encode()
-        parts += [struct.pack("<I", len(data)), data]
-    return b"".join(parts)
+        return list(zip(names, output.T, strict=True))
+    if type(output) is not np.ndarray:
+        output = opened(output)
+        if (table := as_table(output)) is not None:
+            return table
+        if type(output) is dict and output:
+            return list(output.items())
+    return [(names[0] if len(names) == 1 else method or contract.method, output)]
 
 
 def render_error(error: Exception) -> Reply:

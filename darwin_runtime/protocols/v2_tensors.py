@@ -1,4 +1,4 @@
-"""The tensors of an Open Inference request: named, of a datatype and a shape, their values in JSON or in binary.
+"""The tensors of the Open Inference Protocol: named, of a datatype and a shape, their values in JSON or in binary.
 
 Pure functions. Sources: see `open_inference`.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from darwin_runtime.errors import BadRequest
+from darwin_runtime.errors import BadRequest, EncodingError
 from darwin_runtime.schema.rows import Array
 
 BYTES = "BYTES"
@@ -37,9 +36,11 @@ DATATYPES = {np.dtype(code).newbyteorder("="): name for name, code in NUMBERS.it
 MAX_AXES = 32
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One of a request. `values` are flat, in row-major order, as JSON would have them, or numbers as an array."""
+class Tensor(NamedTuple):
+    """One tensor. `values` are flat, in row-major order: an array of numbers, or a list.
+
+    In the list of a request is what JSON has, in that of an answer are texts, bytes and None.
+    """
 
     name: str
     datatype: str
@@ -201,3 +202,19 @@ def _texts(part: memoryview, count: int, name: str) -> list[Any]:
             f"input {name!r}: its binary data holds {len(values)} elements, and its shape stands for {count}"
         )
     return values
+
+
+def pack(tensor: Tensor) -> bytes | None:
+    """The values of an answer in binary; None if one is missing among texts, for which binary has no form.
+
+    Raises `EncodingError`.
+    """
+    if isinstance(tensor.values, np.ndarray):
+        return tensor.values.astype(tensor.values.dtype.newbyteorder("<"), copy=False).tobytes()
+    if None in tensor.values:
+        return None
+    try:
+        datas = [value if isinstance(value, bytes) else value.encode() for value in tensor.values]
+    except UnicodeEncodeError as error:
+        raise EncodingError(f"the model's output {tensor.name[:100]!r} cannot be written in binary: {error}") from None
+    return b"".join(part for data in datas for part in (struct.pack("<I", len(data)), data))

@@ -49,15 +49,14 @@ class Report:
         self._add(row, name, "missing", expected, None, f"missing, expected {expected}")
 
     def mismatch(self, row: int | None, name: str, expected: str, value: Any, why: str = "") -> None:
+        if value is MISSING:
+            self.missing(row, name, expected)
+            return
         reason = f" ({why})" if why else ""
         self._add(row, name, "type_mismatch", expected, value, f"expected {expected}, got {_excerpt(value)}{reason}")
 
     def at(self, row: int | None, name: str) -> Reject:
-        return lambda path, expected, value, why: (
-            self.missing(row, name + path, expected)
-            if value is MISSING
-            else self.mismatch(row, name + path, expected, value, why)
-        )
+        return lambda path, expected, value, why: self.mismatch(row, name + path, expected, value, why)
 
     def finish(self, error: type[InputError] = InputError) -> None:
         """Raise `error` if there are problems."""

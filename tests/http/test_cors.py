@@ -127,7 +127,7 @@ def test_every_answer_has_the_headers_that_are_safe(plain: Served, role: Served)
     check(plain.post("/predict", {"features": IRIS}))
     check(plain.post("/invocations", {"prompt": "all is well"}))
     streamed = plain.post("/invocations", {"prompt": "all is well", "stream": True})
-    assert streamed.headers["Content-Type"] == "text/event-stream"
+    assert streamed.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     check(streamed)
     check(requests.options(f"{role.url}/predict", headers={"Origin": APP, **ASKED}, timeout=60))
     check(role.get("/schema"))

@@ -160,7 +160,7 @@ def test_versions_agree() -> None:
 def test_nothing_is_said_before_there_is_a_model() -> None:
     with in_thread(make_app(Service(BatchLimits()))) as url:
         assert requests.get(url, timeout=60).json() == {"status": "alive"}
-        for path in ("/openapi.json", "/docs", "/v2/models/model", "/schema"):
+        for path in ("/openapi.json", "/docs", "/v1/models/model", "/v2/models/model", "/schema"):
             answer = requests.get(url + path, timeout=60)
             assert answer.status_code == 503, path
             assert "still loading" in json.dumps(answer.json())

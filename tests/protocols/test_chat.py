@@ -82,11 +82,11 @@ def events(answer: requests.Response) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("padding", ["", "x" * 100_000])
 def test_pieces(ours: Callable[[str], str], padding: str) -> None:
-    answer = ask(ours("chatting"), {"prompt": "all is well", "stream": True, "padding": padding})
-    assert answer.headers["Content-Type"] == "text/event-stream"
+    answer = ask(ours("chatting"), {"prompt": "alles ist grün ✅", "stream": True, "padding": padding})
+    assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     *pieces, last = events(answer)
     assert [(name, json.loads(data)) for name, data in pieces] == [
-        ("", {"word": word, "number": number}) for number, word in enumerate(["all", "is", "well"])
+        ("", {"word": word, "number": number}) for number, word in enumerate(["alles", "ist", "grün", "✅"])
     ]
     assert last == ("", "[DONE]")
 

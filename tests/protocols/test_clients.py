@@ -74,6 +74,19 @@ def test_triton_asks_for_probabilities(client: Any, binary: bool) -> None:
 
 
 @pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("names", [("predict", "predict_proba"), ("decision_function", "predict_proba", "predict")])
+def test_triton_asks_for_several_methods(client: Any, binary: bool, names: tuple[str, ...]) -> None:
+    model = load_pyfunc(model_path("iris")).get_raw_model()
+    inputs = [tensor("input", TABLE.to_numpy(), "FP64", binary=binary)]
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in names]
+    answer = client.infer("model", inputs, outputs=outputs)
+    assert [each["name"] for each in answer.get_response()["outputs"]] == list(names)
+    for name in names:
+        expected = getattr(model, name)(TABLE)
+        np.testing.assert_array_equal(answer.as_numpy(name).reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("binary", [True, False])
 def test_triton_sends_every_type(ours: Callable[[str], str], binary: bool) -> None:
     client = triton.InferenceServerClient(urlsplit(ours("typed_echo")).netloc)
     datatypes = {"flag": ("BOOL", np.bool_), "small": ("INT32", np.int32), "big": ("INT64", np.int64)}

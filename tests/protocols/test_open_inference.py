@@ -215,11 +215,11 @@ TIMES = np.array(["2024-01-31T12:00:00.5", "NaT"], dtype="datetime64[ns]")
         (np.array([1.5], dtype=np.float16), ("FP16", [1], [1.5])),
         (np.array([True, False]), ("BOOL", [2], [True, False])),
         (np.array(["a", "b"]), ("BYTES", [2], ["a", "b"])),
-        (["a", None], ("BYTES", [2], ["a", ""])),
+        (["a", None, ""], ("BYTES", [3], ["a", None, ""])),
         ([b"\0\xff"], ("BYTES", [1], ["AP8="])),
         ([1.5, 2.5], ("FP64", [2], [1.5, 2.5])),
         ([[1], [2, 3]], ("BYTES", [2], ["[1]", "[2,3]"])),
-        (TIMES, ("BYTES", [2], ["2024-01-31T12:00:00.500000000", ""])),
+        (TIMES, ("BYTES", [2], ["2024-01-31T12:00:00.500000000", None])),
         (pd.Series([1, 2], dtype="Int64"), ("INT64", [2, 1], [1, 2])),
         (3.5, ("FP64", [1], [3.5])),
         ("text", ("BYTES", [1], ["text"])),
@@ -297,8 +297,23 @@ def test_methods_are_asked_for_as_outputs_or_as_a_parameter() -> None:
         [output] = json.loads(open_inference.write(np.array([[0.25, 0.75]]), request).body)["outputs"]
         assert output == {"name": "predict_proba", "datatype": "FP64", "shape": [1, 2], "data": [0.25, 0.75]}
     assert read({**base, "outputs": [{"name": "predict"}]}, METHODS).method == ""
-    with pytest.raises(BadRequest, match="one of them at a time"):
-        read({**base, "outputs": [{"name": "predict"}, {"name": "predict_proba"}]}, METHODS)
+    both = read({**base, "outputs": [{"name": "predict"}, {"name": "predict_proba"}]}, METHODS)
+    assert (both.method, both.methods) == ("", ("", "predict_proba"))
+    answers = {"": np.array([1]), "predict_proba": np.array([[0.25, 0.75]])}
+    assert [each["data"] for each in json.loads(open_inference.write(answers, both).body)["outputs"]] == [
+        [1],
+        [0.25, 0.75],
+    ]
+    named = ModelSpec(
+        ROWS.input_schema, NO_PARAMS, outputs=[{"type": "long", "name": "label"}], methods=METHODS.methods
+    )
+    request = read({**base, "outputs": [{"name": "predict_proba"}, {"name": "label"}]}, named)
+    assert request.methods == ("predict_proba", "")
+    outputs = json.loads(open_inference.write(answers, request).body)["outputs"]
+    assert [(each["name"], each["shape"]) for each in outputs] == [("predict_proba", [1, 2]), ("label", [1, 1])]
+    unknown = read({**base, "outputs": [{"name": "predict_proba"}, {"name": "other"}]}, named)
+    with pytest.raises(BadRequest, match="no output 'other': there is label, predict_proba"):
+        open_inference.write(answers, unknown)
     with pytest.raises(InputError, match="predict_method: one of predict, predict_proba"):
         read({**base, "parameters": {"predict_method": "fit"}}, METHODS)
 

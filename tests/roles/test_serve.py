@@ -598,6 +598,8 @@ def test_sigterm_drains() -> None:
         assert (kept.json(), kept.headers["Connection"]) == ({"scores": [1]}, "close")
         assert served.post("/predict", {"features": IRIS}).json() == {"scores": [1]}
         assert served.get("/livez").status_code == 200
+        answer = served.get("/v1/models/model")
+        assert (answer.status_code, answer.json()) == (503, {"error": "the server is shutting down"})
         # A second one does not wait.
         assert served.stop() == 0
 
@@ -625,6 +627,8 @@ def test_while_loading_it_lives_but_is_not_ready(tmp_path: Path) -> None:
             assert answer.status_code == 503
             assert answer.json() == {"detail": {"status": "not_ready", "message": "the model is still loading"}}
         assert served.get("/ping").status_code == 503
+        answer = served.get("/v1/models/model")
+        assert (answer.status_code, answer.json()) == (503, {"error": "the model is still loading"})
         assert served.post("/predict", {"features": {"x": 1}}).status_code == 503
         answer = served.post("/invocations", {"dataframe_records": [{"x": 1}]})
         assert (answer.status_code, answer.json()["error_code"]) == (503, "TEMPORARILY_UNAVAILABLE")

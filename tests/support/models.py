@@ -21,7 +21,7 @@ import sklearn
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
-from tests.support import shared
+from tests.support import answers, shared
 
 with warnings.catch_warnings():
     # MLflow warns of its own type hints.
@@ -248,6 +248,8 @@ REQUIREMENTS: dict[str, Any] = {"pip_requirements": ["mlflow", f"scikit-learn=={
 
 BASE = mlflow.pyfunc.PythonModel
 
+ONE_ANSWER = pd.DataFrame({"name": ["float"]})
+
 
 def _signature(columns: list[Any], params: list[ParamSpec] | None = None) -> ModelSignature:
     return ModelSignature(inputs=Schema(columns), params=ParamSchema(params) if params else None)
@@ -319,6 +321,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "words": _python(Dtypes, [TensorSpec(np.dtype("str"), (-1, 2))]),
     "answers": _python(Answers, [ColSpec("string", "form")]),
     "untyped_answers": _python(Answers, None),
+    "every_answer": _python(answers.Answers, [ColSpec("string", "name")], input_example=ONE_ANSWER),
     "untyped": _python(Dtypes, None),
     "hinted": _python(Hinted, None, input_example=[{"a": 1, "b": 2}]),
     "waiting": _python(Waiting, [ColSpec("string", "entered"), ColSpec("string", "leave")]),
