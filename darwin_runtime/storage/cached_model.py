@@ -71,9 +71,12 @@ def _find_pinned(cache: Cache, wanted: Wanted, place: Mapping[str, str]) -> Foun
     known = pins.prepare(cache)
     name = pins.name(place, wanted.model_uri, wanted.rollout)
     waiting, began = Waiting(name), time.monotonic()
+    is_there: EntryCheck | None = None
     while True:
         pin = pins.use(known, name)
-        if pin and EntryCheck(cache, pin.key, wanted.claim)():
+        if pin and (is_there is None or is_there.key != pin.key):
+            is_there = EntryCheck(cache, pin.key, wanted.claim)
+        if pin and is_there and is_there():
             logger.info("this rollout is pinned to cache entry %s (%s), 0 requests to MLflow", pin.key, _shown(pin))
             return Found(pin.key, pin.fallback)
         held = locks.try_lock(known, name, wanted.claim.owner)
