@@ -109,7 +109,7 @@ class _Supervisor(Generic[T]):
     def run(self) -> None:
         try:
             # Operators search the log for this name.
-            self._placeholder = self._fork(self._job.placeholder, "the waiting room")
+            self._placeholder = self._fork(self._job.placeholder, "the placeholder server")
             self._load()
             while not (self._stopping and not self._running()):
                 for key, _ in self._selector.select(self._select_timeout()):

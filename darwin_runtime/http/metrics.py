@@ -106,7 +106,7 @@ class WorkerMetrics:
         self._row[_STARTS] += 1
         # Whoever was here before took with it what it was doing.
         self._row[_IN_PROGRESS] = self._row[_QUEUED] = self._row[_CONNECTIONS] = 0
-        # Without the first, which is the waiting room's.
+        # Without the first, which is the placeholder server's.
         self._others = [shared.row(other) for other in range(1, shared.rows) if other != number]
 
     def began(self) -> None:
