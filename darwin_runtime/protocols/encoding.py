@@ -25,7 +25,7 @@ import orjson
 import pandas as pd
 
 from darwin_runtime.errors import EncodingError
-from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES, Tensor
+from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES
 from darwin_runtime.schema.doubles import double_array, double_matrix
 from darwin_runtime.schema.rows import Array
 
@@ -232,8 +232,11 @@ def as_table(output: Any) -> list[tuple[Any, Any]] | None:
 # Tensors
 
 
-def to_tensor(name: str, values: Any, *, column: bool) -> Tensor:
-    """`values` as a tensor, of shape [n, 1] if it would be [n] and is a `column`. Raises `EncodingError`."""
+def to_tensor(name: str, values: Any, *, column: bool) -> tuple[str, tuple[int, ...], Any]:
+    """Datatype, shape and flat values: an array of numbers, or a list of str, bytes and None.
+
+    The shape of a `column` is [n, 1] instead of [n]. Raises `EncodingError`.
+    """
     try:
         if type(values) is np.ndarray and values.ndim and (datatype := DATATYPES.get(values.dtype)):
             flat, shape = values.ravel(), values.shape
@@ -242,7 +245,7 @@ def to_tensor(name: str, values: Any, *, column: bool) -> Tensor:
     except EncodingError as error:
         raise EncodingError(f"the model's output {name[:100]!r} cannot be written as a tensor: {error}") from error
     column = len(shape) == 1 and (column or isinstance(values, pd.Series))
-    return Tensor(name, datatype, (*shape, 1) if column else shape, flat)
+    return datatype, (*shape, 1) if column else shape, flat
 
 
 def _typed(values: Any) -> tuple[str, Any, tuple[int, ...]]:

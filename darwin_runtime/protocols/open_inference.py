@@ -199,14 +199,14 @@ def write(output: Any, request: Request) -> Reply:
     described, buffers = [], []
     for name, asked in wanted.items():
         _, values, columns = found[name]
-        made = to_tensor(name, values, column=columns)
+        datatype, shape, flat = to_tensor(name, values, column=columns)
         is_binary = form.binary if asked is None else asked
-        if is_binary and (packed := pack(made)) is not None:
+        if is_binary and (packed := pack(name, flat)) is not None:
             buffers.append(packed)
             data: dict[str, Any] = {"parameters": {"binary_data_size": len(packed)}}
         else:
-            data = {"data": made.values}
-        described.append({"name": name, "datatype": made.datatype, "shape": made.shape, **data})
+            data = {"data": flat}
+        described.append({"name": name, "datatype": datatype, "shape": shape, **data})
     told: dict[str, Any] = {"model_name": contract.name}
     if contract.version:
         told["model_version"] = contract.version
