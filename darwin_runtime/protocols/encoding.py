@@ -184,11 +184,11 @@ def names_of(keys: Iterable[Any]) -> list[str]:
 def _name(key: Any) -> str:
     if type(key) is str or type(key) is int:
         return str(key)
-    text = _text(key)
+    text = text_of(key)
     return "null" if text is None else text
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """A text as it is, None for a missing value, all else as JSON."""
     form = plain(value)
     if type(form) is str or form is None:
@@ -336,7 +336,7 @@ def _of_one_type(flat: list[Any]) -> tuple[str, Any]:
                     return DATATYPES[array.dtype], array
     if kinds == {bool}:
         return "BOOL", np.array(leaves, dtype=bool)
-    return BYTES, [leaf if type(leaf) is bytes else _text(leaf) for leaf in leaves]
+    return BYTES, [leaf if type(leaf) is bytes else text_of(leaf) for leaf in leaves]
 
 
 # CSV
@@ -399,4 +399,4 @@ def _cells(column: Any) -> Any:
     if kinds <= {float, type(None)}:
         return [value if value is not None and math.isfinite(value) else None for value in values]
     forms = map(plain, values)
-    return [form if type(form) is int else _text(form) for form in forms]
+    return [form if type(form) is int else text_of(form) for form in forms]
