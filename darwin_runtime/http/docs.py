@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from darwin_runtime.http import openapi as openapi_module
 from darwin_runtime.http.auth import AuthPolicy
+from darwin_runtime.http.samples import Samples
 from darwin_runtime.model.about import About
 from darwin_runtime.protocols import darwin, open_inference
 from darwin_runtime.protocols.base import Reply
@@ -38,7 +39,7 @@ class Documents:
     v2: Reply
     page: Reply
     _contract: ModelSpec
-    _sample: Any
+    _samples: Samples
     _about: About
     _version: str
     _features: bool
@@ -59,14 +60,14 @@ class Documents:
 
         `features` tells whether there is a feature store to ask, `policy` what requests need.
         """
-        sample = contract.input_schema.sample(example)
+        samples = Samples.of(contract, example, about.chat)
         flavor = about.flavors[0] if about.flavors else "pyfunc"
         return cls(
-            darwin.schema(contract, example),
+            darwin.schema(contract, samples.features),
             open_inference.model_metadata(contract, flavor),
-            _page(contract, sample, about, version, policy),
+            _page(contract, samples, about, version, policy),
             contract,
-            sample,
+            samples,
             about,
             version,
             features,
@@ -76,13 +77,12 @@ class Documents:
     def openapi(self, root_path: str) -> Reply:
         document = openapi_module.document(
             self._contract,
-            self._sample,
+            self._samples,
             title=self._contract.name,
             description=" ".join(filter(None, (", ".join(self._about.flavors), self._about.uri))),
             version=self._contract.version or self._version,
             root_path=root_path,
             features=self._features,
-            chat=self._about.chat,
             policy=self._policy,
         )
         return Reply(200, dump(document))
@@ -102,7 +102,7 @@ def _template() -> tuple[str, str]:
     return text, policy
 
 
-def _page(contract: ModelSpec, sample: Any, about: About, version: str, policy: AuthPolicy) -> Reply:
+def _page(contract: ModelSpec, samples: Samples, about: About, version: str, policy: AuthPolicy) -> Reply:
     plan = contract.input_schema
     columns = isinstance(plan, TabularSchema) and not isinstance(plan, TypeHintSchema) and plan.named
     told = {
@@ -124,9 +124,9 @@ def _page(contract: ModelSpec, sample: Any, about: About, version: str, policy: 
         "uri": about.uri,
         "flavors": about.flavors,
         "about": list(told.items()),
-        "columns": [_field(c) for c in plan.inputs] if columns and about.chat is None else None,
-        "sample": sample if about.chat is None else about.chat,
-        "chat": about.chat is not None,
+        "columns": [_field(c) for c in plan.inputs] if columns and not samples.is_chat else None,
+        "sample": samples.invocations if samples.is_chat else samples.features,
+        "chat": samples.is_chat,
         "params": [_param(spec) for spec in contract.params.specs],
         "methods": contract.methods,
         "method": contract.method,

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from darwin_runtime.http.auth import AuthPolicy
+from darwin_runtime.http.samples import Samples
 from darwin_runtime.protocols.base import JSON, METHOD
-from darwin_runtime.protocols.open_inference import tensors
 from darwin_runtime.schema.model_spec import ModelSpec
-from darwin_runtime.schema.tabular import TypeHintSchema
 
 Schema = dict[str, Any]
 
@@ -24,19 +23,18 @@ SKELETON = Path(__file__).with_name("openapi.json")
 
 def document(
     contract: ModelSpec,
-    sample: Any,
+    samples: Samples,
     *,
     title: str,
     description: str,
     version: str,
     root_path: str,
     features: bool,
-    chat: Any,
     policy: AuthPolicy,
 ) -> Schema:
-    """The document. `sample` is `features` for one row; `features` tells whether a feature store is there to ask.
+    """The document, with `samples` as examples.
 
-    `chat` is a body that goes to the model as it is, if it takes such; `policy` is what requests need.
+    `features` tells whether a feature store is there to ask, and `policy` what requests need.
     """
     whole: Schema = json.loads(_skeleton())
     errors = whole.pop("x-errors")
@@ -46,12 +44,17 @@ def document(
     for operations in paths.values():
         for verb, operation in operations.items():
             _describe_errors(operation["responses"], errors[verb])
-    _fill_predict(paths["/predict"]["post"], contract, sample, features=features)
-    _fill_invocations(paths["/invocations"]["post"], contract, sample, chat)
-    if sample is not None:
-        _set_example(paths[f"/v1/models/{contract.name}:predict"]["post"], {"instances": _listed(contract, sample)})
-        if not isinstance(contract.input_schema, TypeHintSchema) and (made := tensors(contract, sample)) is not None:
-            _set_example(paths[f"/v2/models/{contract.name}/infer"]["post"], {"inputs": made})
+    _fill_predict(paths["/predict"]["post"], contract, features=features)
+    _fill_invocations(paths["/invocations"]["post"], contract, samples)
+    examples = {
+        "/predict": samples.predict,
+        "/invocations": samples.invocations,
+        f"/v1/models/{contract.name}:predict": samples.v1,
+        f"/v2/models/{contract.name}/infer": samples.v2,
+    }
+    for path, example in examples.items():
+        if example is not None:
+            paths[path]["post"]["requestBody"]["content"][JSON]["example"] = example
     whole["components"]["schemas"] |= {"Row": _row(contract), "Params": _params(contract)}
     _secure(whole, policy, errors["refusals"])
     return whole
@@ -69,11 +72,7 @@ def _describe_errors(responses: Schema, descriptions: dict[str, str]) -> None:
             responses[status] = {"description": descriptions[status], "content": content}
 
 
-def _set_example(operation: Schema, example: Any) -> None:
-    operation["requestBody"]["content"][JSON]["example"] = example
-
-
-def _fill_predict(operation: Schema, contract: ModelSpec, sample: Any, *, features: bool) -> None:
+def _fill_predict(operation: Schema, contract: ModelSpec, *, features: bool) -> None:
     body, responses = operation["requestBody"]["content"][JSON], operation["responses"]
     if not features:
         body["schema"], _by_key = body["schema"]["oneOf"]
@@ -81,26 +80,15 @@ def _fill_predict(operation: Schema, contract: ModelSpec, sample: Any, *, featur
     if contract.method != "predict_proba":
         answer = responses["200"]["content"][JSON]["schema"]["properties"]
         del answer["probabilities"], answer["predicted_class"]
-    if sample is not None:
-        _set_example(operation, {"features": sample})
 
 
-def _fill_invocations(operation: Schema, contract: ModelSpec, sample: Any, chat: Any) -> None:
+def _fill_invocations(operation: Schema, contract: ModelSpec, samples: Samples) -> None:
     answers = operation["responses"]["200"]["content"]
     if not contract.streams:
         del answers["text/event-stream"]
-    if chat is not None:
+    if samples.is_chat:
         # What comes of a chat body has no name around it.
         answers[JSON]["schema"] = {}
-        _set_example(operation, chat)
-    elif sample is not None:
-        table = isinstance(sample, dict) and not isinstance(contract.input_schema, TypeHintSchema)
-        _set_example(operation, {"dataframe_records": [sample]} if table else {"inputs": _listed(contract, sample)})
-
-
-def _listed(contract: ModelSpec, sample: Any) -> Any:
-    """`sample` as rows: what models with type hints take is a list in any case."""
-    return sample if isinstance(contract.input_schema, TypeHintSchema) else [sample]
 
 
 def _row(contract: ModelSpec) -> Schema:

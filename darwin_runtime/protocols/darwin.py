@@ -34,7 +34,6 @@ from darwin_runtime.protocols.base import (
 )
 from darwin_runtime.protocols.encoding import dump, plain
 from darwin_runtime.schema.model_spec import ModelSpec
-from darwin_runtime.schema.rows import Rows
 from darwin_runtime.schema.signature import Spec, describe
 
 STORE_KEYS = ("feature_group", "ofs_keys")
@@ -122,14 +121,14 @@ def render_error(error: Exception, inputs: Sequence[Spec]) -> Reply:
 
 def _invalid(error: InvalidInput, inputs: Sequence[Spec]) -> dict[str, Any]:
     if not isinstance(error, InputError):
-        hint = 'send {"features": {"name": value, ...}}; GET /schema shows a request that works'
+        hint = 'send {"features": {"name": value, ...}}; GET /schema shows a sample request'
         return {"message": str(error), "errors": [], "hint": hint}
     return {
         "message": "Input does not match the model's signature",
         "errors": [_problem(problem) for problem in error.problems],
         "error_count": error.total,
         "expected_schema": inputs,
-        "hint": "GET /schema shows the names and types, and a request that works",
+        "hint": "GET /schema shows the names and types, and a sample request",
     }
 
 
@@ -145,8 +144,8 @@ def _problem(problem: Problem) -> dict[str, Any]:
     return {key: value for key, value in shown.items() if value is not None}
 
 
-def schema(contract: ModelSpec, example: Rows | None) -> Reply:
-    """The answer to `GET /schema`; `example` is where the sample request comes from, if there is one."""
+def schema(contract: ModelSpec, features: Any) -> Reply:
+    """The answer to `GET /schema`; `features` are those of the sample request."""
     plan = contract.input_schema
     if not plan.inputs:
         detail = {
@@ -158,7 +157,7 @@ def schema(contract: ModelSpec, example: Rows | None) -> Reply:
     body = {
         "inputs": plan.inputs,
         "outputs": describe(contract.outputs),
-        "sample_request": {"features": plan.sample(example)},
+        "sample_request": {"features": features},
         "json_schema": plan.json_schema(),
     }
     return reply(200, body)

@@ -25,7 +25,7 @@ import orjson
 import pandas as pd
 
 from darwin_runtime.errors import EncodingError
-from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES, Tensor
+from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES
 from darwin_runtime.schema.doubles import double_array, double_matrix
 from darwin_runtime.schema.rows import Array
 
@@ -184,11 +184,11 @@ def names_of(keys: Iterable[Any]) -> list[str]:
 def _name(key: Any) -> str:
     if type(key) is str or type(key) is int:
         return str(key)
-    text = _text(key)
+    text = text_of(key)
     return "null" if text is None else text
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """A text as it is, None for a missing value, all else as JSON."""
     form = plain(value)
     if type(form) is str or form is None:
@@ -232,8 +232,11 @@ def as_table(output: Any) -> list[tuple[Any, Any]] | None:
 # Tensors
 
 
-def to_tensor(name: str, values: Any, *, column: bool) -> Tensor:
-    """`values` as a tensor, of shape [n, 1] if it would be [n] and is a `column`. Raises `EncodingError`."""
+def to_tensor(name: str, values: Any, *, column: bool) -> tuple[str, tuple[int, ...], Any]:
+    """Datatype, shape and flat values: an array of numbers, or a list of str, bytes and None.
+
+    The shape of a `column` is [n, 1] instead of [n]. Raises `EncodingError`.
+    """
     try:
         if type(values) is np.ndarray and values.ndim and (datatype := DATATYPES.get(values.dtype)):
             flat, shape = values.ravel(), values.shape
@@ -242,7 +245,7 @@ def to_tensor(name: str, values: Any, *, column: bool) -> Tensor:
     except EncodingError as error:
         raise EncodingError(f"the model's output {name[:100]!r} cannot be written as a tensor: {error}") from error
     column = len(shape) == 1 and (column or isinstance(values, pd.Series))
-    return Tensor(name, datatype, (*shape, 1) if column else shape, flat)
+    return datatype, (*shape, 1) if column else shape, flat
 
 
 def _typed(values: Any) -> tuple[str, Any, tuple[int, ...]]:
@@ -333,7 +336,7 @@ def _of_one_type(flat: list[Any]) -> tuple[str, Any]:
                     return DATATYPES[array.dtype], array
     if kinds == {bool}:
         return "BOOL", np.array(leaves, dtype=bool)
-    return BYTES, [leaf if type(leaf) is bytes else _text(leaf) for leaf in leaves]
+    return BYTES, [leaf if type(leaf) is bytes else text_of(leaf) for leaf in leaves]
 
 
 # CSV
@@ -396,4 +399,4 @@ def _cells(column: Any) -> Any:
     if kinds <= {float, type(None)}:
         return [value if value is not None and math.isfinite(value) else None for value in values]
     forms = map(plain, values)
-    return [form if type(form) is int else _text(form) for form in forms]
+    return [form if type(form) is int else text_of(form) for form in forms]

@@ -20,7 +20,7 @@ import pandas as pd
 from darwin_runtime.errors import BadRequest
 from darwin_runtime.protocols import kserve_v1
 from darwin_runtime.protocols.base import METHOD, Headers, Reply, Request, parse_params, read_object
-from darwin_runtime.protocols.encoding import as_table, dump, names_of, opened, to_tensor
+from darwin_runtime.protocols.encoding import as_table, dump, names_of, opened, text_of, to_tensor
 from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES, NUMBERS, Tensor, pack, parameters_of, read_tensors
 from darwin_runtime.schema.model_spec import ModelSpec
 from darwin_runtime.schema.rows import Array, Rows
@@ -199,14 +199,14 @@ def write(output: Any, request: Request) -> Reply:
     described, buffers = [], []
     for name, asked in wanted.items():
         _, values, columns = found[name]
-        made = to_tensor(name, values, column=columns)
+        datatype, shape, flat = to_tensor(name, values, column=columns)
         is_binary = form.binary if asked is None else asked
-        if is_binary and (packed := pack(made)) is not None:
+        if is_binary and (packed := pack(name, flat)) is not None:
             buffers.append(packed)
             data: dict[str, Any] = {"parameters": {"binary_data_size": len(packed)}}
         else:
-            data = {"data": made.values}
-        described.append({"name": name, "datatype": made.datatype, "shape": made.shape, **data})
+            data = {"data": flat}
+        described.append({"name": name, "datatype": datatype, "shape": shape, **data})
     told: dict[str, Any] = {"model_name": contract.name}
     if contract.version:
         told["model_version"] = contract.version
@@ -285,6 +285,6 @@ def tensors(contract: ModelSpec, sample: Any) -> list[dict[str, Any]]:
             shape = [*([1] if described["shape"][0] == -1 else []), *array.shape]
             data = array.ravel().tolist()
         else:
-            data = [value if described["datatype"] != BYTES or isinstance(value, str) else dump(value).decode()]
+            data = [value if described["datatype"] != BYTES else text_of(value)]
         made.append({**described, "shape": shape, "data": data})
     return made

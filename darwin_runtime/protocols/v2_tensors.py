@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,11 +37,9 @@ DATATYPES = {np.dtype(code).newbyteorder("="): name for name, code in NUMBERS.it
 MAX_AXES = 32
 
 
-class Tensor(NamedTuple):
-    """One tensor. `values` are flat, in row-major order: an array of numbers, or a list.
-
-    In the list of a request is what JSON has, in that of an answer are texts, bytes and None.
-    """
+@dataclass(frozen=True)
+class Tensor:
+    """One of a request. `values` are flat, in row-major order, as JSON would have them, or numbers as an array."""
 
     name: str
     datatype: str
@@ -204,17 +203,17 @@ def _texts(part: memoryview, count: int, name: str) -> list[Any]:
     return values
 
 
-def pack(tensor: Tensor) -> bytes | None:
-    """The values of an answer in binary; None if one is missing among texts, for which binary has no form.
+def pack(name: str, values: Any) -> bytes | None:
+    """The flat values of an output in binary; None if one is missing among texts, for which binary has no form.
 
-    Raises `EncodingError`.
+    The values are an array of numbers, or a list of str, bytes and None. Raises `EncodingError`.
     """
-    if isinstance(tensor.values, np.ndarray):
-        return tensor.values.astype(tensor.values.dtype.newbyteorder("<"), copy=False).tobytes()
-    if None in tensor.values:
+    if isinstance(values, np.ndarray):
+        return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+    if None in values:
         return None
     try:
-        datas = [value if isinstance(value, bytes) else value.encode() for value in tensor.values]
+        datas = [value if isinstance(value, bytes) else value.encode() for value in values]
     except UnicodeEncodeError as error:
-        raise EncodingError(f"the model's output {tensor.name[:100]!r} cannot be written in binary: {error}") from None
+        raise EncodingError(f"the model's output {name[:100]!r} cannot be written in binary: {error}") from None
     return b"".join(part for data in datas for part in (struct.pack("<I", len(data)), data))

@@ -232,7 +232,7 @@ def test_darwin_mismatch_in_full() -> None:
         ],
         "error_count": 1,
         "expected_schema": [{"name": "a", "required": True, "type": "long"}],
-        "hint": "GET /schema shows the names and types, and a request that works",
+        "hint": "GET /schema shows the names and types, and a sample request",
     }
 
 

@@ -192,6 +192,29 @@ def _completion(path: Path) -> None:
     mlflow.pyfunc.save_model(path, python_model=Agent(), **REQUIREMENTS)
 
 
+def _chat_agent(path: Path) -> None:
+    from mlflow.types.agent import ChatAgentResponse
+
+    class Agent(mlflow.pyfunc.ChatAgent):
+        def predict(self, messages: Any, context: Any = None, custom_inputs: Any = None) -> ChatAgentResponse:
+            return ChatAgentResponse(messages=[{"role": "assistant", "content": messages[-1].content, "id": "1"}])
+
+    mlflow.pyfunc.save_model(path, python_model=Agent(), **REQUIREMENTS)
+
+
+def _responses_agent(path: Path) -> None:
+    from mlflow.types.responses import ResponsesAgentResponse, ResponsesAgentStreamEvent
+
+    class Agent(mlflow.pyfunc.ResponsesAgent):
+        def predict(self, request: Any) -> ResponsesAgentResponse:
+            return ResponsesAgentResponse(output=[self.create_text_output_item(text="grün", id="1")])
+
+        def predict_stream(self, request: Any) -> Any:
+            yield ResponsesAgentStreamEvent(**self.create_text_delta(delta="✅ grün", item_id="1"))
+
+    mlflow.pyfunc.save_model(path, python_model=Agent(), **REQUIREMENTS)
+
+
 IRIS = {"sepal length (cm)": 6.1, "sepal width (cm)": 2.8, "petal length (cm)": 4.7, "petal width (cm)": 1.2}
 
 TYPED_COLUMNS = [
@@ -215,6 +238,19 @@ TYPED_ROW = {
     "blob": "AP8=",
     "when": "2024-02-29T23:59:59.123456789",
 }
+
+TYPED_TABLE = pd.DataFrame(
+    {
+        "flag": [True],
+        "small": np.array([7], dtype=np.int32),
+        "big": [2**53 + 1],
+        "single": np.array([0.1], dtype=np.float32),
+        "double": [1e300],
+        "text": ["grün"],
+        "blob": [b"\0\xff"],
+        "when": pd.to_datetime(["2024-02-29T23:59:59.123456789"]),
+    }
+)
 
 NESTED_COLUMNS = [
     ColSpec(Array(DataType.double), "numbers"),
@@ -328,6 +364,15 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "broken": lambda path: _broken(path),
     "chatting": _python(Chatting, None, streamable=True),
     "completion": lambda path: _completion(path),
+    "chat_agent": lambda path: _chat_agent(path),
+    "responses_agent": lambda path: _responses_agent(path),
+    "typed_example": _python(Dtypes, TYPED_COLUMNS, input_example=TYPED_TABLE),
+    "fixed_tensor": _python(Dtypes, [TensorSpec(np.dtype("float64"), (2, 3))]),
+    "fixed_tensors": _python(
+        Dtypes, [TensorSpec(np.dtype("float64"), (2, 3), "a"), TensorSpec(np.dtype("int64"), (2,), "b")]
+    ),
+    "unnamed_texts": _python(Dtypes, [ColSpec("string"), ColSpec("binary"), ColSpec("datetime")]),
+    "defaults": _python(Scaled, [ColSpec("double", "a")], params=PARAMS, input_example=pd.DataFrame({"a": [1.5]})),
     "slow_to_load": _python(SlowToLoad, [ColSpec("double", "x")], model_config={"entered": "", "leave": ""}),
 }
 

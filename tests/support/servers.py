@@ -20,6 +20,7 @@ import uvicorn
 from darwin_runtime.engine.admission import BatchLimits
 from darwin_runtime.http.app import make_app
 from darwin_runtime.http.service import Service
+from darwin_runtime.model.about import about_model
 from darwin_runtime.model.load import load_model
 from darwin_runtime.model.model import Model
 from tests.conftest import ROOT, clean_environ, wait_until
@@ -122,7 +123,7 @@ def switching(limits: BatchLimits | None = None, **options: Any) -> Iterator[Cal
         def switch(kind: str) -> str:
             if kind not in models:
                 models[kind] = load_model(model_path(kind))
-            service.use(models[kind])
+            service.use(models[kind], about_model(models[kind]))
             return url
 
         yield switch
