@@ -5,6 +5,7 @@ Pure functions. A module for each protocol has `read`, `write` and `render_error
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import zlib
@@ -12,13 +13,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import orjson
 
-from darwin_runtime.errors import BadRequest, InvalidInput, NotAcceptable, ParamsError, TooLarge, UnsupportedMediaType
+from darwin_runtime.errors import (
+    BadRequest,
+    InputError,
+    InvalidInput,
+    NotAcceptable,
+    ParamsError,
+    TooLarge,
+    UnsupportedMediaType,
+)
 from darwin_runtime.protocols.encoding import dump, dump_csv
+from darwin_runtime.schema.checks import require_finite
+from darwin_runtime.schema.json_text import read_json
 from darwin_runtime.schema.model_spec import ModelSpec
 from darwin_runtime.schema.report import refuse
 from darwin_runtime.schema.rows import Rows
+from darwin_runtime.schema.untyped import UncheckedSchema
 
 JSON = "application/json"
 CSV = "text/csv"
@@ -208,12 +219,14 @@ def _is_exact(request: Request) -> bool:
     return all(type(v) in (bool, int, str) or (type(v) is float and abs(v) < 2**63) for v in values)
 
 
-def read_object(body: bytes, *, exact: bool) -> dict[str, Any]:
+def read_object(body: bytes, *, exact: bool, contract: ModelSpec | None = None) -> dict[str, Any]:
     """The object in `body`; unless `exact`, floats stand for integers of more than 64 bits.
 
-    Raises `BadRequest` or `TooLarge`.
+    Raises `BadRequest` or `TooLarge`, and `InputError` for an Infinity that the schema in `contract` would not refuse.
     """
-    value = _loaded(orjson.loads, body)
+    body = body.removeprefix(codecs.BOM_UTF8)
+    unchecked = contract is not None and not contract.input_schema.checked
+    value = _loaded(functools.partial(read_json, check=require_finite) if unchecked else read_json, body)
     if exact and _LONG_INTEGER in body.translate(_DIGITS):
         value = _loaded(json.loads, body)
     if not isinstance(value, dict):
@@ -226,8 +239,18 @@ def _loaded(load: Callable[[bytes], Any], body: bytes) -> Any:
         raise TooLarge(f"the body has more than {MAX_CONTAINERS} arrays and objects")
     try:
         return load(body)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
+
+
+def read_instances(key: str, value: Any, contract: ModelSpec) -> Rows:
+    """The rows of `instances` or `inputs`, the `key`: without a signature, MLflow makes other objects of either."""
+    schema = contract.input_schema
+    if key == "inputs" and isinstance(schema, UncheckedSchema):
+        return schema.inputs_as_sent(value)
+    return schema.instances(value)
 
 
 def parse_params(given: Any, contract: ModelSpec) -> tuple[dict[str, Any], str]:

@@ -18,6 +18,7 @@ from darwin_runtime.protocols.base import (
     media_type_of,
     parse_params,
     preferred_form,
+    read_instances,
     read_object,
     reply,
     write_csv,
@@ -29,11 +30,11 @@ from darwin_runtime.schema.model_spec import ModelSpec
 def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = True) -> Request:
     """`{"instances": […]}` or `{"inputs": …}`, and perhaps `parameters`."""
     media_type_of(headers.get(b"content-type", b""), (JSON,))
-    given = read_object(body, exact=exact)
+    given = read_object(body, exact=exact, contract=contract)
     shapes = [key for key in TENSORS if key in given]
     if len(shapes) != 1:
         raise BadRequest(f"the body must have exactly one of {', '.join(TENSORS)}")
-    rows = contract.input_schema.instances(given[shapes[0]])
+    rows = read_instances(shapes[0], given[shapes[0]], contract)
     params, method = parse_params(given.get("parameters"), contract)
     return Request(rows, params, contract, method, preferred_form(headers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,15 +50,14 @@ class Report:
         self._add(row, name, "missing", expected, None, f"missing, expected {expected}")
 
     def mismatch(self, row: int | None, name: str, expected: str, value: Any, why: str = "") -> None:
+        if value is MISSING:
+            self.missing(row, name, expected)
+            return
         reason = f" ({why})" if why else ""
         self._add(row, name, "type_mismatch", expected, value, f"expected {expected}, got {_excerpt(value)}{reason}")
 
     def at(self, row: int | None, name: str) -> Reject:
-        return lambda path, expected, value, why: (
-            self.missing(row, name + path, expected)
-            if value is MISSING
-            else self.mismatch(row, name + path, expected, value, why)
-        )
+        return lambda path, expected, value, why: self.mismatch(row, name + path, expected, value, why)
 
     def finish(self, error: type[InputError] = InputError) -> None:
         """Raise `error` if there are problems."""
@@ -92,5 +92,6 @@ def _excerpt(value: Any) -> str:
         return f"{_json_type(value)} of {len(value)}"
     if value is None:
         return "null"
-    text = repr(value[:60] if isinstance(value, str) else value)
+    # JSON's own words for NaN and Infinity
+    text = json.dumps(value) if type(value) is float else repr(value[:60] if isinstance(value, (str, bytes)) else value)
     return f"{_json_type(value)} {text if len(text) <= 60 else text[:57] + '...'}"
