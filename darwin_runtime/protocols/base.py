@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import orjson
 
 from darwin_runtime.errors import (
     BadRequest,
-    InputError,
     InvalidInput,
     NotAcceptable,
     ParamsError,
@@ -29,7 +29,6 @@ from darwin_runtime.schema.json_text import read_json
 from darwin_runtime.schema.model_spec import ModelSpec
 from darwin_runtime.schema.report import refuse
 from darwin_runtime.schema.rows import Rows
-from darwin_runtime.schema.untyped import UncheckedSchema
 
 JSON = "application/json"
 CSV = "text/csv"
@@ -224,9 +223,12 @@ def read_object(body: bytes, *, exact: bool, contract: ModelSpec | None = None) 
 
     Raises `BadRequest` or `TooLarge`, and `InputError` for an Infinity that the schema in `contract` would not refuse.
     """
-    body = body.removeprefix(codecs.BOM_UTF8)
-    unchecked = contract is not None and not contract.input_schema.checked
-    value = _loaded(functools.partial(read_json, check=require_finite) if unchecked else read_json, body)
+    if len(body) > MAX_CONTAINERS and body.count(b"{") + body.count(b"[") > MAX_CONTAINERS:
+        raise TooLarge(f"the body has more than {MAX_CONTAINERS} arrays and objects")
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        value = _read_lenient(body, contract)
     if exact and _LONG_INTEGER in body.translate(_DIGITS):
         value = _loaded(json.loads, body)
     if not isinstance(value, dict):
@@ -234,23 +236,19 @@ def read_object(body: bytes, *, exact: bool, contract: ModelSpec | None = None) 
     return value
 
 
+def _read_lenient(body: bytes, contract: ModelSpec | None) -> Any:
+    """The value in a `body` that is no strict JSON: with a byte order mark, or with NaN or Infinity."""
+    value = _loaded(read_json, body.removeprefix(codecs.BOM_UTF8))
+    if contract is not None and not contract.input_schema.checked:
+        require_finite(value)
+    return value
+
+
 def _loaded(load: Callable[[bytes], Any], body: bytes) -> Any:
-    if len(body) > MAX_CONTAINERS and body.count(b"{") + body.count(b"[") > MAX_CONTAINERS:
-        raise TooLarge(f"the body has more than {MAX_CONTAINERS} arrays and objects")
     try:
         return load(body)
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
-
-
-def read_instances(key: str, value: Any, contract: ModelSpec) -> Rows:
-    """The rows of `instances` or `inputs`, the `key`: without a signature, MLflow makes other objects of either."""
-    schema = contract.input_schema
-    if key == "inputs" and isinstance(schema, UncheckedSchema):
-        return schema.inputs_as_sent(value)
-    return schema.instances(value)
 
 
 def parse_params(given: Any, contract: ModelSpec) -> tuple[dict[str, Any], str]:

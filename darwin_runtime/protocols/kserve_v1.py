@@ -18,7 +18,6 @@ from darwin_runtime.protocols.base import (
     media_type_of,
     parse_params,
     preferred_form,
-    read_instances,
     read_object,
     reply,
     write_csv,
@@ -34,7 +33,8 @@ def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = Tr
     shapes = [key for key in TENSORS if key in given]
     if len(shapes) != 1:
         raise BadRequest(f"the body must have exactly one of {', '.join(TENSORS)}")
-    rows = read_instances(shapes[0], given[shapes[0]], contract)
+    schema = contract.input_schema
+    rows = (schema.instances if shapes[0] == "instances" else schema.inputs_as_sent)(given[shapes[0]])
     params, method = parse_params(given.get("parameters"), contract)
     return Request(rows, params, contract, method, preferred_form(headers))
 

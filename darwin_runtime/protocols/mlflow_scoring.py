@@ -24,7 +24,6 @@ from darwin_runtime.protocols.base import (
     media_type_of,
     parse_params,
     preferred_form,
-    read_instances,
     read_object,
     reply,
     write_csv,
@@ -58,12 +57,13 @@ def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = Tr
         named = ", ".join(map(repr, list(given)[:20]))[:200] or "nothing"
         raise BadRequest(f"the body must have exactly one of {', '.join(SHAPES)} (given: {named})")
     value = given[shapes[0]]
+    schema = contract.input_schema
     if shapes[0] == "dataframe_split":
-        rows = _split(value, contract.input_schema)
+        rows = _split(value, schema)
     elif shapes[0] == "dataframe_records":
-        rows = contract.input_schema.records(value)
+        rows = schema.records(value)
     else:
-        rows = read_instances(shapes[0], value, contract)
+        rows = (schema.instances if shapes[0] == "instances" else schema.inputs_as_sent)(value)
     params, method = parse_params(given.get("params"), contract)
     return Request(rows, params, contract, method, _form(headers))
 

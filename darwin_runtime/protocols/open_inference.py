@@ -125,11 +125,12 @@ def _rows(tensors: Sequence[Tensor], contract: ModelSpec) -> Rows:
 
 def _cells(tensor: Tensor, datatype: DataType | None) -> Any:
     """A value of `datatype` for each row, if it is known; lists and objects may be JSON text."""
-    tensor = _texted(tensor, datatype)
+    if tensor.datatype == BYTES:
+        tensor = _texted(tensor, datatype)
     column = tensor.column()
     if column is None:
         return tensor.nested()
-    if datatype is not None and datatype.nested and tensor.datatype == BYTES:
+    if tensor.datatype == BYTES and datatype is not None and datatype.nested:
         return [datatype.from_text(value) if type(value) is str else value for value in column]
     return column
 

@@ -97,9 +97,9 @@ def require_rows(rows: Any, expected: str) -> list[Any]:
     return rows
 
 
-def cells_of_rows(rows: list[Any], width: int) -> list[Any]:
-    """`rows` as lists: those of a single column may be its bare values."""
-    bare = width == 1 and type(rows[0]) not in _CONTAINERS and not _CONTAINERS & set(map(type, rows))
+def cells_of_rows(rows: list[Any]) -> list[Any]:
+    """`rows` of a single column as lists: they may be its bare values."""
+    bare = type(rows[0]) not in _CONTAINERS and not _CONTAINERS & set(map(type, rows))
     return [[value] for value in rows] if bare else rows
 
 

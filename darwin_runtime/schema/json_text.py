@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -12,11 +11,8 @@ import orjson
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(body: bytes, check: Callable[[Any], None] = lambda _: None) -> Any:
-    """The value in `body`. Its NaN and Infinity are floats, and a value that may have such goes through `check`.
-
-    Raises `ValueError`, `RecursionError`, or what `check` does.
-    """
+def read_json(body: bytes) -> Any:
+    """The value in `body`, whose NaN and Infinity are floats. Raises `ValueError` or `RecursionError`."""
     # The fast parser is strict. Only a body that it refuses pays for another one.
     try:
         return orjson.loads(body)
@@ -28,5 +24,4 @@ def read_json(body: bytes, check: Callable[[Any], None] = lambda _: None) -> Any
     if _SURROGATE.search(text):
         # Python reads half of a pair of surrogates, which is no text: to encode one raises.
         json.dumps(value, ensure_ascii=False).encode()
-    check(value)
     return value

@@ -76,16 +76,17 @@ class TabularSchema:
             table = self._table([[row.get(key, MISSING) for row in rows] for key in keys], len(rows))
         else:
             table = self._floats(picked) or self._rows(picked)
-        return self._called(table, keys)
+        return table if self.named else self._called(table, keys)
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         """`["a", "b"]` and `[[1, 2], …]`: names once, then a list per row; without names, by position."""
         data = require_rows(data, "data: a list of at least one row")
         if columns is None or (columns == self._keys and self._distinct):
-            rows = self._called(self.positional(cells_of_rows(data, len(self.columns))), columns)
+            rows = self.positional(cells_of_rows(data) if len(self.columns) == 1 else data)
+            rows = rows if self.named else self._called(rows, columns)
         else:
             names = require_column_names(columns)
-            data = cells_of_rows(data, len(names))
+            data = cells_of_rows(data) if len(names) == 1 else data
             require_lists(data, len(names))
             rows = self._split(names, list(zip(*data, strict=True)), len(data))
             called = dict(zip(names, columns, strict=True))
@@ -157,6 +158,9 @@ class TabularSchema:
         if single and list not in types:
             return self._table([rows], len(rows))
         return self.positional(rows)
+
+    # Without a signature, these differ.
+    inputs_as_sent = instances
 
     def features(self, value: Any) -> Rows:
         """Darwin's form: one object, or a list of them; for unnamed columns also a list, or a list of lists."""
@@ -306,6 +310,8 @@ class TypeHintSchema(TabularSchema):
         if type(value) is not list:
             return Rows(with_floats(self.specs[0], value), 1, unvalidated=True)
         return Rows([with_floats(self.specs[0], part) for part in value], len(value), unvalidated=True)
+
+    inputs_as_sent = instances
 
     def features(self, value: Any) -> Rows:
         return self.instances(value if type(value) is list else [value])

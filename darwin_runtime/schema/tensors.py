@@ -134,7 +134,7 @@ class TensorSchema:
         names = [t.key for t in self.tensors] if self.named else [str(i) for i in range(width)]
         if columns is not None:
             names = require_column_names(columns)
-        data = cells_of_rows(data, len(names))
+        data = cells_of_rows(data) if len(names) == 1 else data
         require_lists(data, len(names))
         return self._cells(names, [list(column) for column in zip(*data, strict=True)], len(data))
 
@@ -152,6 +152,9 @@ class TensorSchema:
         if self.named and type(value) is not dict:
             raise refuse("an object of named tensors, or a list of such objects", value)
         return self._parse(value if self.named else {"": value}, TensorSpec.parse)
+
+    # Without a signature, these differ.
+    inputs_as_sent = instances
 
     def features(self, value: Any) -> Rows:
         """Darwin's form: the tensor or an object of tensors, each with or without its first axis of length -1."""

@@ -71,7 +71,8 @@ class UncheckedSchema:
             lengths = {len(part) if type(part) is list else None for part in value.values()}
             if None in lengths or len(lengths) > 1:
                 raise refuse("as many values for each name as for the others", value)
-        return self.inputs_as_sent(value)
+            return self.inputs_as_sent(value)
+        return self._rows(lambda: _numpy_array(value), value)
 
     def inputs_as_sent(self, value: Any) -> Rows:
         """The `inputs` of MLflow, where objects stay objects, and their values need not be equally many."""
