@@ -45,7 +45,7 @@ MAX_FUNCTION_LINES = 60
 MAX_IMPORTS, MAX_IMPORTS_OF = 8, {"darwin_serve": 12, "download": 18, "cleanup": 11}
 MAX_ROLE_LINES = {"darwin_serve": 300, "download": 320, "cleanup": 400, "k8s_client": 250}
 # So large these are now. What lets them grow needs an argument.
-MAX_CLOSURE_LINES = {"cleanup": 3100, "download": 5300, "darwin_serve": 14000}
+MAX_CLOSURE_LINES = {"cleanup": 3100, "download": 5300, "darwin_serve": 14500}
 
 
 def modules(root: Path) -> dict[str, Path]:

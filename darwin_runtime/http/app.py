@@ -18,12 +18,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from darwin_runtime.errors import ClientDisconnected, Overloaded
 from darwin_runtime.http import cors
 from darwin_runtime.http.context import Answer, Endpoint, RequestContext, StreamingReply
-from darwin_runtime.http.endpoints import OTHER, V1, V2, Endpoints
+from darwin_runtime.http.endpoints import MLFLOW, OTHER, V1, V2, Endpoints
 from darwin_runtime.http.request_log import AccessLog, Line
 from darwin_runtime.http.service import Service
 from darwin_runtime.http.tracing import Trace, Tracer
 from darwin_runtime.protocols import base as protocols
 from darwin_runtime.protocols.base import Reply
+
+# The protocols whose paths may end with a slash.
+SLASHED = (MLFLOW, V1, V2)
 
 # A larger answer is sent in pieces of this size, as its client takes them.
 PIECE_BYTES = 256 * 1024
@@ -49,8 +52,12 @@ class Router:
     def find(self, scope: Scope, path: str) -> tuple[Endpoint, Mapping[str, Any]]:
         """What answers at `path`, and the variable parts of that."""
         allowed: list[str] = []
+        # MLflow's clients may end a path with a slash, and KServe's server metadata is at `/v2/`, too.
+        slash = path.endswith("/") and path != "/"
+        routes = [(route, e) for route, e in self._routes if e.protocol in SLASHED] if slash else self._routes
+        path = path[:-1] if slash else path
         # A line break at the end would be overlooked.
-        for route, endpoint in self._routes if path.isprintable() else ():
+        for route, endpoint in routes if path.isprintable() else ():
             match, child = route.matches({**scope, "path": path, "root_path": ""})
             if match == Match.FULL:
                 return endpoint, child["path_params"]

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from darwin_runtime.model.categories import CategoryPredict
 from darwin_runtime.model.compare import same, splits_into
 from darwin_runtime.model.native import NATIVE_FLAVORS, NativeCopies, NotEquivalent, array_predictor, single_threaded
 from darwin_runtime.model.sample_rows import SampleRows, forms
@@ -86,9 +87,24 @@ def with_method(pyfunc: Any, method: str) -> Any:
     if method == pyfunc.metadata.flavors["python_function"].get("predict_fn", "predict"):
         return pyfunc
     call = getattr(raw_model(pyfunc), method)
+    taken = _named_params(call)
+
+    def predict(data: Any, params: Params = None) -> Any:
+        return call(data, **{name: value for name, value in (params or {}).items() if name in taken})
+
     other = copy.copy(pyfunc)
-    other._predict_fn = lambda data, params=None: call(data, **(params or {}))
+    usual = pyfunc._predict_fn
+    other._predict_fn = replace(usual, predict=predict) if isinstance(usual, CategoryPredict) else predict
     return other
+
+
+def _named_params(method: Callable[..., Any]) -> list[str]:
+    """The names of the arguments after the data. Others would raise, and the signature's are given to every method."""
+    try:
+        _, *more = inspect.signature(method).parameters.values()
+    except ValueError:  # not written in Python, or without arguments
+        return []
+    return [each.name for each in more if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
 
 
 def find_quickest(
@@ -222,6 +238,8 @@ class EquivalenceCheck:
 
     def on_arrays(self, predictor: Predictor) -> Predictor:
         """Call the estimator itself, with kernels if they hold, else without."""
+        if isinstance(self.pyfunc._predict_fn, CategoryPredict):
+            raise NotEquivalent("some columns are categories")
         samples = self._samples
         numbers = {field.number for field in samples.fields}
         if None in numbers:

@@ -10,6 +10,7 @@ from typing import Any
 from darwin_runtime import mlflow_import
 from darwin_runtime.errors import RoleError
 from darwin_runtime.model import fast_path
+from darwin_runtime.model.categories import restore_categories
 from darwin_runtime.model.diagnose import explain_failure, list_differences, read_requirements
 from darwin_runtime.model.mlmodel import PYFUNC, read_description, read_example
 from darwin_runtime.model.model import Model
@@ -45,10 +46,12 @@ def load_model(directory: Path, model_config: Mapping[str, Any] | None = None, m
     methods = dict.fromkeys([usual, *fast_path.offered_methods(pyfunc)])
     if method and method not in methods:
         raise RoleError(f"the model in {directory} has no {method}: PREDICT_METHOD may be {', '.join(methods)}")
+    input_schema = compile_schema(inputs, from_type_hint=pyfunc.metadata._is_signature_from_type_hint())
+    restore_categories(pyfunc, fast_path.raw_model(pyfunc), input_schema)
     return Model(
         directory=directory,
         flavors=tuple(name for name in description["flavors"] if name != PYFUNC) or (PYFUNC,),
-        input_schema=compile_schema(inputs, from_type_hint=pyfunc.metadata._is_signature_from_type_hint()),
+        input_schema=input_schema,
         params=ParamSchema(signature.params.to_dict() if signature and signature.params else None),
         outputs=signature.outputs.to_dict() if signature and signature.outputs else (),
         example=read_example(directory, description),

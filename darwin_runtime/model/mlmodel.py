@@ -69,7 +69,8 @@ def _entries(path: Path) -> list[str]:
 def read_description(directory: Path) -> dict[str, Any]:
     file = directory / MODEL_FILE
     try:
-        description = yaml.safe_load(disk.read_small(file.resolve(), MAX_TEXT_BYTES))
+        text = disk.read_small(file.resolve(), MAX_TEXT_BYTES)
+        description = yaml.safe_load(text)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise RoleError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(description, dict) or not isinstance(description.get("flavors"), dict):
@@ -80,11 +81,25 @@ def read_description(directory: Path) -> dict[str, Any]:
         raise RoleError(
             f"{file} has no {PYFUNC} flavor (it has: {flavors}), so MLflow cannot serve this model: log it with one"
         )
-    if "utc_time_created" not in description:
+    if _is_truncated(text, description):
         raise RoleError(
             f"{file} ends before utc_time_created, which MLflow writes last: it is truncated, download it again"
         )
     return description
+
+
+def _is_truncated(text: bytes, description: Mapping[str, Any]) -> bool:
+    """Whether MLflow began `text`, and did not end it: a signature may be missing from what is valid YAML.
+
+    MLflow writes its keys in alphabetical order. A file by hand, or by another tool, lacks what only MLflow writes.
+    """
+    by_mlflow = "mlflow_version" in description or isinstance(description["flavors"][PYFUNC].get("env"), dict)
+    if "utc_time_created" in description or not by_mlflow:
+        return False
+    if "is_signature_from_type_hint" in description:
+        return "type_hint_from_example" not in description
+    last = max(map(str, description))
+    return last < "mlflow_version" or (last != "prompts" and not text.endswith(b"\n"))
 
 
 def _check_names(file: Path, description: Mapping[str, Any]) -> None:

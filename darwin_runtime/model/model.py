@@ -121,6 +121,8 @@ def _run(predict: Callable[[], Any], *, unvalidated: bool) -> Any:
 
     try:
         return predict()
+    except InputRejected:
+        raise
     except MlflowException as error:
         # What MLflow raises on input it was left to check has any code.
         if unvalidated or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):

@@ -5,6 +5,7 @@ Pure functions. A module for each protocol has `read`, `write` and `render_error
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import zlib
@@ -14,8 +15,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import orjson
 
-from darwin_runtime.errors import BadRequest, InvalidInput, NotAcceptable, ParamsError, TooLarge, UnsupportedMediaType
+from darwin_runtime.errors import (
+    BadRequest,
+    InvalidInput,
+    NotAcceptable,
+    ParamsError,
+    TooLarge,
+    UnsupportedMediaType,
+)
 from darwin_runtime.protocols.encoding import dump, dump_csv
+from darwin_runtime.schema.checks import require_finite
+from darwin_runtime.schema.json_text import read_json
 from darwin_runtime.schema.model_spec import ModelSpec
 from darwin_runtime.schema.report import refuse
 from darwin_runtime.schema.rows import Rows
@@ -210,12 +220,17 @@ def _is_exact(request: Request) -> bool:
     return all(type(v) in (bool, int, str) or (type(v) is float and abs(v) < 2**63) for v in values)
 
 
-def read_object(body: bytes, *, exact: bool) -> dict[str, Any]:
+def read_object(body: bytes, *, exact: bool, contract: ModelSpec | None = None) -> dict[str, Any]:
     """The object in `body`; unless `exact`, floats stand for integers of more than 64 bits.
 
-    Raises `BadRequest` or `TooLarge`.
+    Raises `BadRequest` or `TooLarge`, and `InputError` for an Infinity that the schema in `contract` would not refuse.
     """
-    value = _loaded(orjson.loads, body)
+    if len(body) > MAX_CONTAINERS and body.count(b"{") + body.count(b"[") > MAX_CONTAINERS:
+        raise TooLarge(f"the body has more than {MAX_CONTAINERS} arrays and objects")
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        value = _read_lenient(body, contract)
     if exact and _LONG_INTEGER in body.translate(_DIGITS):
         value = _loaded(json.loads, body)
     if not isinstance(value, dict):
@@ -223,9 +238,15 @@ def read_object(body: bytes, *, exact: bool) -> dict[str, Any]:
     return value
 
 
+def _read_lenient(body: bytes, contract: ModelSpec | None) -> Any:
+    """The value in a `body` that is no strict JSON: with a byte order mark, or with NaN or Infinity."""
+    value = _loaded(read_json, body.removeprefix(codecs.BOM_UTF8))
+    if contract is not None and not contract.input_schema.checked:
+        require_finite(value)
+    return value
+
+
 def _loaded(load: Callable[[bytes], Any], body: bytes) -> Any:
-    if len(body) > MAX_CONTAINERS and body.count(b"{") + body.count(b"[") > MAX_CONTAINERS:
-        raise TooLarge(f"the body has more than {MAX_CONTAINERS} arrays and objects")
     try:
         return load(body)
     except (ValueError, RecursionError) as error:

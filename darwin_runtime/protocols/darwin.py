@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,9 +47,10 @@ def read(
     body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = True, lookup: Lookup | None = None
 ) -> Request:
     """`{"features": {…} or [{…}, …], "params"?: {…}}`, or `{"feature_group", "ofs_keys"}`, which `lookup` finds."""
-    given = read_object(body, exact=exact)
+    given = read_object(body, exact=exact, contract=contract)
     stored = [key for key in STORE_KEYS if given.get(key) is not None]
-    if ("features" in given) == bool(stored) or len(stored) == 1:
+    # Beside keys, null is how clients with optional fields leave features out.
+    if ("features" in given and not (stored and given["features"] is None)) == bool(stored) or len(stored) == 1:
         named = ", ".join(key for key in ("features", *STORE_KEYS) if given.get(key) is not None) or "neither"
         raise BadRequest(f"give either features, or both feature_group and ofs_keys (given: {named})")
     features = _stored(given, lookup) if stored else given["features"]
@@ -66,6 +68,8 @@ def _stored(given: dict[str, Any], lookup: Lookup | None) -> Mapping[str, Any]:
         raise BadRequest("feature_group must be the name of a feature group")
     if not isinstance(keys, dict) or not keys or {list, dict} & set(map(type, keys.values())):
         raise BadRequest('ofs_keys must be an object of primary keys, such as {"user_id": 42}')
+    if odd := [key for key, value in keys.items() if type(value) is float and not math.isfinite(value)]:
+        raise BadRequest(f"ofs_keys has NaN or Infinity for {odd[0][:100]!r}, which is no key")
     return lookup(group, keys)
 
 

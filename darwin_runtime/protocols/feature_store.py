@@ -125,7 +125,8 @@ class FeatureStore:
 
     def _ask(self, url: str, what: str, trace: Mapping[str, str], **options: Any) -> Any:
         slow = FeatureStoreError(504, f"the feature store did not answer in time for {what}")
-        options = {"timeout": TIMEOUT_SECONDS, "headers": trace, "allow_redirects": False, "stream": True, **options}
+        headers = {**trace, "Content-Type": "application/json"}
+        options = {"timeout": TIMEOUT_SECONDS, "headers": headers, "allow_redirects": False, "stream": True, **options}
         try:
             with self._session.get(url, **options) as answer:
                 status, body = answer.status_code, _body(answer, slow)

@@ -29,11 +29,12 @@ from darwin_runtime.schema.model_spec import ModelSpec
 def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = True) -> Request:
     """`{"instances": […]}` or `{"inputs": …}`, and perhaps `parameters`."""
     media_type_of(headers.get(b"content-type", b""), (JSON,))
-    given = read_object(body, exact=exact)
+    given = read_object(body, exact=exact, contract=contract)
     shapes = [key for key in TENSORS if key in given]
     if len(shapes) != 1:
         raise BadRequest(f"the body must have exactly one of {', '.join(TENSORS)}")
-    rows = contract.input_schema.instances(given[shapes[0]])
+    schema = contract.input_schema
+    rows = (schema.instances if shapes[0] == "instances" else schema.inputs_as_sent)(given[shapes[0]])
     params, method = parse_params(given.get("parameters"), contract)
     return Request(rows, params, contract, method, preferred_form(headers))
 

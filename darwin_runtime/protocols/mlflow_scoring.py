@@ -17,6 +17,7 @@ from darwin_runtime.errors import (
     BadRequest,
     InputError,
     InvalidInput,
+    NotAcceptable,
     Problem,
     UnsupportedMediaType,
     as_request_error,
@@ -39,7 +40,7 @@ from darwin_runtime.protocols.base import (
 )
 from darwin_runtime.protocols.encoding import dump
 from darwin_runtime.protocols.parquet import read_parquet
-from darwin_runtime.schema.checks import MAX_NESTING, nested_too_deep
+from darwin_runtime.schema.checks import MAX_NESTING, nested_too_deep, require_finite
 from darwin_runtime.schema.model_spec import InputSchema, ModelSpec
 from darwin_runtime.schema.rows import Rows
 
@@ -57,8 +58,8 @@ def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = Tr
     kind = media_type_of(headers.get(b"content-type", b""), (JSON, CSV, PARQUET))
     if kind != JSON:
         rows = read_parquet(body, contract.input_schema) if kind == PARQUET else _csv(body, contract.input_schema)
-        return Request(rows, {}, contract, "", preferred_form(headers))
-    given = read_object(body, exact=exact)
+        return Request(rows, {}, contract, "", _form(headers))
+    given = read_object(body, exact=exact, contract=contract)
     shapes = [key for key in SHAPES if key in given]
     if not shapes and any(key in given for key in CHAT):
         return _chat(given, contract)
@@ -66,13 +67,23 @@ def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = Tr
         named = ", ".join(map(repr, list(given)[:20]))[:200] or "nothing"
         raise BadRequest(f"the body must have exactly one of {', '.join(SHAPES)} (given: {named})")
     value = given[shapes[0]]
+    schema = contract.input_schema
     if shapes[0] == "dataframe_split":
-        rows = _split(value, contract.input_schema)
+        rows = _split(value, schema)
+    elif shapes[0] == "dataframe_records":
+        rows = schema.records(value)
     else:
-        schema = contract.input_schema
-        rows = schema.records(value) if shapes[0] == "dataframe_records" else schema.instances(value)
+        rows = (schema.instances if shapes[0] == "instances" else schema.inputs_as_sent)(value)
     params, method = parse_params(given.get("params"), contract)
-    return Request(rows, params, contract, method, preferred_form(headers))
+    return Request(rows, params, contract, method, _form(headers))
+
+
+def _form(headers: Headers) -> str:
+    """JSON where nothing in Accept will do: MLflow's server does not look at it."""
+    try:
+        return preferred_form(headers)
+    except NotAcceptable:
+        return JSON
 
 
 def _csv(body: bytes, plan: InputSchema) -> Rows:
@@ -105,6 +116,7 @@ def _chat(given: dict[str, Any], contract: ModelSpec) -> Request:
     rest = {key: value for key, value in given.items() if key not in declared}
     if nested_too_deep(rest):
         raise BadRequest(f"the body is nested more than {MAX_NESTING} deep")
+    require_finite(rest)
     stream = given.get("stream") is True
     if stream and not contract.streams:
         raise BadRequest("this model cannot answer piece by piece: leave out stream")

@@ -9,9 +9,8 @@ A request's tensors are either one for each column of the signature, of shape [n
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from darwin_runtime.protocols import kserve_v1
 from darwin_runtime.protocols.base import METHOD, Headers, Reply, Request, parse_params, read_object
 from darwin_runtime.protocols.encoding import as_table, dump, names_of, opened, text_of, to_tensor
 from darwin_runtime.protocols.v2_tensors import BYTES, DATATYPES, NUMBERS, Tensor, pack, parameters_of, read_tensors
+from darwin_runtime.schema.datatypes import DataType
 from darwin_runtime.schema.model_spec import ModelSpec
 from darwin_runtime.schema.rows import Array, Rows
 from darwin_runtime.schema.signature import Spec
@@ -46,7 +46,7 @@ WANTS_BINARY = "binary_data_output"
 def read(body: bytes, headers: Headers, contract: ModelSpec, *, exact: bool = True) -> Request:
     """`{"inputs": [...]}`, the tensors; bytes after the JSON are theirs. Raises `BadRequest` or `InputError`."""
     head, tail = _parts(body, headers.get(LENGTH.lower().encode()))
-    given = read_object(head, exact=exact)
+    given = read_object(head, exact=exact, contract=contract)
     tensors = read_tensors(given.get("inputs"), tail)
     parameters = parameters_of(given, "the request")
     params, method = parse_params(parameters, contract)
@@ -97,27 +97,46 @@ def _rows(tensors: Sequence[Tensor], contract: ModelSpec) -> Rows:
     if isinstance(plan, UncheckedSchema):
         return _unchecked(tensors)
     if isinstance(plan, TensorSchema):
-        named = {tensor.name: _texted(tensor, binary=False).nested() for tensor in tensors}
-        return plan.instances(named if plan.named else named[_only(tensors).name])
+        types = {spec.key: spec.datatype for spec in plan.tensors}
+        if not plan.named:
+            return plan.instances(_texted(_only(tensors), types[""]).nested())
+        return plan.instances({tensor.name: _texted(tensor, types.get(tensor.name)).nested() for tensor in tensors})
     if isinstance(plan, TypeHintSchema):
-        return plan.instances(_texted(_only(tensors), binary=False).nested())
+        return plan.instances(_hinted(_only(tensors), plan.columns[0].datatype))
     cells = {column.key: column.datatype for column in plan.columns}
     if whole := _whole_rows(tensors, plan):
         count, width = whole.shape
         rows = (plan.numbers if isinstance(whole.values, np.ndarray) else plan.flat)(whole.values, (count, width))
         if rows is not None:
             return rows
-        return plan.split(None, _texted(whole, binary=False).nested())
+        if whole.datatype != BYTES or width != len(plan.columns):
+            return plan.split(None, _texted(whole, None).nested())
+        parts = [replace(whole, shape=(count,), values=whole.values[index::width]) for index in range(width)]
+        return plan.arrays({c.key: _cells(part, c.datatype) for c, part in zip(plan.columns, parts, strict=True)})
     columns = {}
     for position, tensor in enumerate(tensors):
         name = tensor.name if plan.named else str(position)
-        cell = cells.get(name)
-        tensor = _texted(tensor, binary=cell is not None and cell.name == "binary")
-        column = tensor.column()
-        if cell is not None and cell.nested and tensor.datatype == BYTES and column is not None:
-            column = [value if value is None else cell.from_text(value) for value in column]
-        columns[name] = tensor.nested() if column is None else column
+        columns[name] = _cells(tensor, cells.get(name))
     return plan.arrays(columns)
+
+
+def _cells(tensor: Tensor, datatype: DataType | None) -> Any:
+    """A value of `datatype` for each row, if it is known; lists and objects may be JSON text."""
+    if tensor.datatype == BYTES:
+        tensor = _texted(tensor, datatype)
+    column = tensor.column()
+    if column is None:
+        return tensor.nested()
+    if tensor.datatype == BYTES and datatype is not None and datatype.nested:
+        return [datatype.from_text(value) if type(value) is str else value for value in column]
+    return column
+
+
+def _hinted(tensor: Tensor, datatype: DataType) -> Any:
+    """The list that type hints describe: a value for each row, of shape [n] or [n, 1], unless that is a list."""
+    cells = _cells(tensor, datatype)
+    lists = {type(cell) is list for cell in cells}
+    return tensor.nested() if datatype.name.startswith("array") and lists != {True} else cells
 
 
 def _whole_rows(tensors: Sequence[Tensor], plan: TabularSchema) -> Tensor | None:
@@ -133,15 +152,20 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0]
 
 
-def _texted(tensor: Tensor, *, binary: bool) -> Tensor:
-    """Bytes of the binary extension as JSON has them: text, or base64 for a column of bytes."""
+def _texted(tensor: Tensor, datatype: DataType | None) -> Tensor:
+    """Bytes of the binary extension as text, unless `datatype` is bytes, or is any and not all of them are text."""
     if isinstance(tensor.values, np.ndarray) or not tensor.values or type(tensor.values[0]) is not bytes:
         return tensor
+    name = "any" if datatype is None else datatype.name
+    if name in ("binary", "bytes"):
+        return tensor
     try:
-        values = [base64.b64encode(v).decode() if binary else v.decode() for v in tensor.values]
+        values = [value.decode() for value in tensor.values]
     except UnicodeDecodeError as error:
+        if name == "any":
+            return tensor
         raise BadRequest(f"input {tensor.name[:100]!r} is not UTF-8: {error}") from None
-    return Tensor(tensor.name, tensor.datatype, tensor.shape, values)
+    return replace(tensor, values=values)
 
 
 def _unchecked(tensors: Sequence[Tensor]) -> Rows:
@@ -157,12 +181,14 @@ def _unchecked(tensors: Sequence[Tensor]) -> Rows:
 
 def _typed(tensor: Tensor) -> Array:
     if tensor.datatype == BYTES:
-        return np.array(_texted(tensor, binary=False).values, dtype=object).reshape(tensor.shape)
+        values = _texted(tensor, None).values
+        return np.fromiter(values, dtype=object, count=len(values)).reshape(tensor.shape)
     with np.errstate(over="ignore"):
         array = np.array(tensor.values, dtype=NUMBERS[tensor.datatype]).reshape(tensor.shape)
-    # JSON has no infinity, so there it has become one.
-    if type(tensor.values) is list and array.dtype.kind == "f" and np.isinf(array).any():
-        raise BadRequest(f"input {tensor.name[:100]!r}: not all values are within {tensor.datatype}")
+    # JSON has no infinity.
+    if type(tensor.values) is list and array.dtype.kind == "f" and (infinite := np.isinf(array).ravel()).any():
+        place = f"element {int(infinite.argmax())} of input {tensor.name[:100]!r}"
+        raise BadRequest(f"{place} is not within {tensor.datatype}")
     return array
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import decimal
 import io
+from dataclasses import replace
 from typing import Any
+
+import pandas as pd
 
 from darwin_runtime.errors import BadRequest, TooLarge, UnsupportedMediaType
 from darwin_runtime.protocols.base import CSV, JSON, PARQUET
@@ -28,12 +32,14 @@ def read_parquet(body: bytes, plan: InputSchema) -> Rows:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(body)).read()
         if not plan.inputs and table.num_rows > 0:
             return Rows(table.to_pandas(), table.num_rows, unvalidated=True)
+        index, table = _without_index(table, [spec.get("name") for spec in plan.specs])
         rows = [list(map(_as_json, row.values())) for row in table.to_pylist()]
     except TooLarge:
         raise
     except Exception as error:  # of many kinds, all of them about the body
         raise BadRequest(f"the body is not Parquet: {error}") from None
-    return plan.split(table.column_names, rows)
+    made = plan.split(table.column_names, rows)
+    return made if index is None else replace(made, index=index, batch_key=None)
 
 
 def _check(file: Any, body: bytes) -> None:
@@ -72,10 +78,27 @@ def _unpacked_bytes(array: Any) -> int:
     return sum(map(_unpacked_bytes, parts if isinstance(parts, list) else [parts]))
 
 
+def _without_index(table: Any, wanted: list[Any]) -> tuple[Any, Any]:
+    """The labels of the rows, if pandas wrote any, and the table without their columns, unless they are `wanted`."""
+    labels = (table.schema.pandas_metadata or {}).get("index_columns", [])
+    stored = [label for label in labels if isinstance(label, str)]
+    usual = pd.RangeIndex(table.num_rows)
+    index = table.select(stored).to_pandas().index if labels else usual
+    if len(index) != table.num_rows:
+        raise ValueError(f"{len(index)} labels for {table.num_rows} rows")
+    table = table.drop_columns([label for label in stored if label not in wanted])
+    return None if index.identical(usual) else index, table
+
+
 def _as_json(value: Any) -> Any:
-    """`value` as JSON would have said it."""
+    """`value` as JSON would have said it, but for bytes."""
     if isinstance(value, float):
         return None if value != value else value
     if isinstance(value, list):
         return list(map(_as_json, value))
-    return {key: _as_json(part) for key, part in value.items()} if isinstance(value, dict) else plain(value)
+    if isinstance(value, decimal.Decimal):
+        # MLflow, too, makes floats of them.
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    return value if isinstance(value, bytes) else plain(value)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from darwin_runtime.errors import BadRequest, EncodingError
+from darwin_runtime.schema.checks import is_missing
 from darwin_runtime.schema.rows import Array
 
 BYTES = "BYTES"
@@ -108,6 +109,8 @@ def _tensor(given: Mapping[str, Any], whole_name: str, tail: memoryview) -> tupl
     size = parameters_of(given, f"input {name!r}").get("binary_data_size")
     if size is None:
         values = _flat(given.get("data"), count, name, shape)
+        if datatype == BYTES:
+            values = [None if is_missing(value) else value for value in values]
         _check(values, datatype, name)
         return Tensor(whole_name, datatype, shape, values), tail
     if type(size) is not int or not 0 <= size <= len(tail):

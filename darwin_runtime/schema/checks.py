@@ -6,11 +6,12 @@ A function `require_…` raises `InputError` unless the request is as its name s
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from darwin_runtime.schema.report import Report, refuse
+from darwin_runtime.schema.report import MAX_NAME_LENGTH, Report, refuse
 
 # Python reads deeper values, but can neither print nor write them, and few models could bear them.
 MAX_NESTING = 200
@@ -22,10 +23,18 @@ MAX_PADDED = 16 * 1024 * 1024
 MAX_COLUMNS = 50_000
 MAX_REPEATED_NAMES = 100
 
+# Cells of single values that stand for a whole column.
+MAX_REPEATED = 1_000_000
+
 # Each cell takes some sixty bytes while CSV is read, and two of the body.
 MAX_CELLS = 4_000_000
 
 _CONTAINERS = {list, dict}
+
+
+def is_missing(value: Any) -> bool:
+    """Whether `value` is null, or NaN, which many clients write for it."""
+    return value is None or (type(value) is float and value != value)
 
 
 def nested_too_deep(value: Any) -> bool:
@@ -40,6 +49,19 @@ def nested_too_deep(value: Any) -> bool:
     return True
 
 
+def unfit(value: Any) -> str:
+    """The reason why the JSON `value` may not go to a model as it is; empty if there is none."""
+    if nested_too_deep(value):
+        return f"nested more than {MAX_NESTING} deep"
+    level = [value]
+    while level:
+        if math.inf in level or -math.inf in level:
+            return "there is an Infinity in it"
+        parts = [part for part in level if type(part) in _CONTAINERS]
+        level = [*itertools.chain.from_iterable(part.values() if type(part) is dict else part for part in parts)]
+    return ""
+
+
 def require_shallow(value: Any) -> None:
     if nested_too_deep(value):
         raise refuse(f"values nested at most {MAX_NESTING} deep", value)
@@ -52,10 +74,33 @@ def require_little_padding(values: list[Any], count: int, lengths: Sequence[int]
         raise refuse("texts of about the same length", values, f"one of them has {longest} letters")
 
 
+def require_finite(value: Any) -> None:
+    """Raise `InputError` that names each Infinity in the JSON `value`, of which no signature says anything."""
+    report, waiting = Report(), deque([("", value)] if type(value) in _CONTAINERS else [])
+    while waiting:
+        place, part = waiting.popleft()
+        objects = type(part) is dict
+        for key, below in part.items() if objects else enumerate(part):
+            if type(below) in _CONTAINERS or below in (math.inf, -math.inf):
+                # A key can be as long as the body, and have any number of values below.
+                name = f"{place}.{str(key)[:MAX_NAME_LENGTH]}" if objects else f"{place}[{key}]"
+                if type(below) in _CONTAINERS:
+                    waiting.append((name[: MAX_NAME_LENGTH + 1], below))
+                else:
+                    report.mismatch(None, name.removeprefix("."), "a finite number", below)
+    report.finish()
+
+
 def require_rows(rows: Any, expected: str) -> list[Any]:
     if type(rows) is not list or not rows:
         raise refuse(expected, rows)
     return rows
+
+
+def cells_of_rows(rows: list[Any]) -> list[Any]:
+    """`rows` of a single column as lists: they may be its bare values."""
+    bare = type(rows[0]) not in _CONTAINERS and not _CONTAINERS & set(map(type, rows))
+    return [[value] for value in rows] if bare else rows
 
 
 def require_records(rows: Any) -> list[dict[str, Any]]:
@@ -100,6 +145,8 @@ def require_scalars(labels: Any, expected: str) -> None:
 def require_column_names(columns: Any) -> list[str]:
     """The names in `columns`, no two the same, as text."""
     require_scalars(columns, "a list of column names")
+    if any(is_missing(column) for column in columns):
+        raise refuse("a list of column names", columns, "null or NaN is none")
     names = list(map(str, columns))
     if len(set(names)) < len(names):
         twice = sorted(name for name, count in Counter(names).items() if count > 1)

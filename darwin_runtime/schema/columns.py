@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from darwin_runtime.schema.checks import is_missing
 from darwin_runtime.schema.datatypes import NO_NULL, DataType
 from darwin_runtime.schema.doubles import double_matrix
 from darwin_runtime.schema.report import MISSING, Report
@@ -39,8 +40,13 @@ def parse_in_bulk(datatype: DataType, values: Sequence[Any], report: Report) -> 
         if column is not None:
             return column
     types = set(map(type, values))
+    array = datatype.bulk(values, types) if types <= datatype.plain else None
+    if array is None and float in types and any(map(is_missing, values)):
+        values = [None if is_missing(value) else value for value in values]
+        types = set(map(type, values))
+        array = datatype.bulk(values, types) if types <= datatype.plain else None
     report.nulls = report.nulls or type(None) in types or type(MISSING) in types
-    return datatype.bulk(values, types) if types <= datatype.plain else None
+    return array
 
 
 def parse_column(
@@ -55,7 +61,7 @@ def parse_column(
             return None
         values = [None if value is MISSING else value for value in values]
         # Integers have no null, so a column of nothing else can only stand for no column.
-        if (datatype.optional_null is NO_NULL or datatype.name == "boolean") and all(v is None for v in values):
+        if (datatype.optional_null is NO_NULL or datatype.name == "boolean") and all(map(is_missing, values)):
             return None
     null = datatype.null if required else datatype.optional_null
     problems_before = report.total
@@ -67,10 +73,11 @@ def parse_column(
         report.at(*place(index))(path, expected, value, why)
 
     for index, value in enumerate(values):  # noqa: B007 - reject() reads it
-        if value is None and null is not NO_NULL:
+        if null is not NO_NULL and (value is None or (is_missing(value) and datatype.name != "any")):
             converted.append(null)
         elif value is None or value is MISSING:
             reject("", datatype.name, value, "")
         else:
             converted.append(datatype.convert(value, reject))
+            report.nulls = report.nulls or converted[-1] is null
     return datatype.build(converted) if report.total == problems_before else None

@@ -10,17 +10,17 @@ import base64
 import binascii
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-import orjson
 
-from darwin_runtime.schema.checks import MAX_NESTING, nested_too_deep, require_little_padding
+from darwin_runtime.schema.checks import is_missing, require_little_padding, unfit
 from darwin_runtime.schema.doubles import double_array
+from darwin_runtime.schema.json_text import read_json
 from darwin_runtime.schema.report import MISSING, Reject, reject_below
 from darwin_runtime.schema.rows import Array
 from darwin_runtime.schema.signature import Spec
@@ -90,8 +90,8 @@ def _boolean_from_text(text: str) -> Any:
 
 def _json_from_text(text: str) -> Any:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
+        return read_json(text.encode())
+    except (ValueError, RecursionError):
         return text
 
 
@@ -154,6 +154,8 @@ def _float_type(name: str, dtype: str) -> DataType:
     rounded = np.dtype(dtype).type
 
     def convert(value: Any, reject: Reject) -> float:
+        if is_missing(value) and value is not None:
+            return math.nan
         if type(value) is int:
             if abs(value) > largest or int(rounded(value)) != value:
                 reject("", name, value, "no such number has this type exactly")
@@ -173,9 +175,14 @@ def _float_type(name: str, dtype: str) -> DataType:
         # Quicker for few values than numpy: no sum of infinities is finite.
         if types == {float} and dtype == "float64" and math.isfinite(sum(values)):
             return array
-        sizes = np.abs(array)
-        if (sizes >= exact).any() and ((sizes > largest).any() or int in types):
-            return None
+        largest_given = np.abs(array).max(initial=0.0)
+        if not largest_given < exact:
+            # NaN among them is the largest.
+            if np.isnan(largest_given) and type(None) not in types:
+                return None
+            sizes = np.abs(array)
+            if (sizes > largest).any() or (int in types and (sizes >= exact).any()):
+                return None
         return array.astype(dtype, copy=False)
 
     def of_floats(array: Array) -> Array | None:
@@ -245,6 +252,8 @@ def _nanoseconds(text: str) -> int:
 
 def _datetime(value: Any, reject: Reject) -> int:
     if type(value) is str:
+        if value == "NaT":  # as pandas writes a missing one
+            return _NOT_A_TIME
         try:
             return _nanoseconds(value)
         except ValueError as error:
@@ -255,6 +264,8 @@ def _datetime(value: Any, reject: Reject) -> int:
 
 
 def _binary(value: Any, reject: Reject) -> bytes:
+    if type(value) is bytes:  # formats other than JSON have bytes
+        return value
     if type(value) is str:
         try:
             # MLflow's own encoder wraps lines.
@@ -266,7 +277,27 @@ def _binary(value: Any, reject: Reject) -> bytes:
     return b""
 
 
+def _binary_item(value: Any, reject: Reject) -> bytes:
+    """An item of an array: MLflow gives models the bytes of the base64 text, and cuts zeros off the end of others."""
+    decoded = _binary(value, reject)
+    if type(value) is str:
+        return value.encode(errors="replace")
+    if decoded.endswith(b"\0"):
+        reject("", "binary", value, "MLflow would cut off the zeros at its end")
+    return decoded
+
+
+def _binary_part(value: Any, reject: Reject) -> Any:
+    """A value of an object or map: MLflow gives models the base64 text."""
+    _binary(value, reject)
+    return value
+
+
 _STRING_SCHEMA = {"type": ["string", "null"]}
+
+_BINARY = DataType("binary", {"type": "string", "contentEncoding": "base64"}, "AA==", _binary, _objects)
+_BINARY_ITEM = replace(_BINARY, convert=_binary_item)
+_BINARY_PART = replace(_BINARY, convert=_binary_part)
 
 _SCALAR_TYPES = {
     "boolean": DataType(
@@ -293,13 +324,7 @@ _SCALAR_TYPES = {
         bulk=lambda values, _: np.array(values, dtype=object),
         null=None,
     ),
-    "binary": DataType(
-        name="binary",
-        json_schema={"type": "string", "contentEncoding": "base64"},
-        sample="AA==",
-        convert=_binary,
-        build=_objects,
-    ),
+    "binary": _BINARY,
     "datetime": DataType(
         name="datetime",
         json_schema={**_STRING_SCHEMA, "pattern": f"^{_TIME.pattern}$"},
@@ -314,14 +339,29 @@ _SCALAR_TYPES = {
 }
 
 
-def _alike_in_length(texts: Sequence[str]) -> Sequence[str]:
+def _alike_in_length(texts: Sequence[Any]) -> Sequence[Any]:
     require_little_padding(list(texts), len(texts), [*map(len, texts)])
     return texts
 
 
+def _padded(*types: type) -> Callable[[Any, Reject], Any]:
+    """Text as the last of `types`, of which numpy's arrays fill up the short ones with zeros."""
+
+    def convert(value: Any, reject: Reject) -> Any:
+        if type(value) not in types:
+            reject("", "string", value, "")
+        elif value[-1:] in ("\0", b"\0"):
+            reject("", "string", value, "numpy would cut off the zeros at its end")
+        else:
+            return value.encode() if type(value) is str and bytes in types else value
+        return types[-1]()
+
+    return convert
+
+
 def _anything(value: Any, reject: Reject) -> Any:
-    if nested_too_deep(value):
-        reject("", "any", value, f"nested more than {MAX_NESTING} deep")
+    if why := unfit(value):
+        reject("", "any", value, why)
     return value
 
 
@@ -334,7 +374,8 @@ def _pack(datatype: DataType, value: Any) -> Any:
 
 def _array_type(item: DataType) -> DataType:
     # MLflow turns a null among strings into the text "nan", and one among booleans into false.
-    null = item.null if item.packed or item.null is not None or item is _ANY else NO_NULL
+    null = item.null if item.packed or item.null is not None else NO_NULL
+    item = _BINARY_ITEM if item is _BINARY else item
     name = f"array of {item.name}"
 
     def convert(value: Any, reject: Reject) -> Any:
@@ -343,7 +384,7 @@ def _array_type(item: DataType) -> DataType:
             return []
         items = [
             null
-            if element is None and null is not NO_NULL
+            if null is not NO_NULL and is_missing(element)
             else item.convert(element, reject_below(reject, f"[{index}]"))
             for index, element in enumerate(value)
         ]
@@ -355,7 +396,8 @@ def _array_type(item: DataType) -> DataType:
     )
 
 
-def _object_type(properties: Mapping[str, tuple[DataType, bool]]) -> DataType:
+def _object_type(properties: dict[str, tuple[DataType, bool]]) -> DataType:
+    properties = {key: (_within(datatype), needed) for key, (datatype, needed) in properties.items()}
     required = [key for key, (_, needed) in properties.items() if needed]
 
     def convert(value: Any, reject: Reject) -> Any:
@@ -371,7 +413,7 @@ def _object_type(properties: Mapping[str, tuple[DataType, bool]]) -> DataType:
                 reject(f".{key}", "no property of this name", part, "")
                 continue
             datatype, needed = properties[key]
-            if part is None and (not needed or datatype is _ANY):
+            if not needed and datatype is not _ANY and is_missing(part):
                 result[key] = None
             else:
                 result[key] = _pack(datatype, datatype.convert(part, reject_below(reject, f".{key}")))
@@ -390,8 +432,13 @@ def _object_type(properties: Mapping[str, tuple[DataType, bool]]) -> DataType:
     return DataType("object", json_schema, sample, convert, _objects, _json_from_text)
 
 
+def _within(item: DataType) -> DataType:
+    """The type `item` of a value in an object or map."""
+    return _BINARY_PART if item is _BINARY else item
+
+
 def _map_type(item: DataType) -> DataType:
-    name = f"map of {item.name}"
+    name, item = f"map of {item.name}", _within(item)
 
     def convert(value: Any, reject: Reject) -> Any:
         if type(value) is not dict:
@@ -434,15 +481,15 @@ def tensor_datatype(dtype: np.dtype[Any]) -> DataType:
             name="bytes",
             json_schema={"type": "string"},
             sample="text",
-            convert=_exactly(str, "string"),
-            build=lambda values: np.array([value.encode() for value in _alike_in_length(values)], dtype=bytes),
+            convert=_padded(str, bytes),
+            build=lambda values: np.array(_alike_in_length(values), dtype=bytes),
         )
     if dtype.kind == "U":
         return DataType(
             name="string",
             json_schema={"type": "string"},
             sample="text",
-            convert=_exactly(str, "string"),
+            convert=_padded(str),
             build=lambda values: np.array(_alike_in_length(values), dtype=str),
         )
     if dtype.kind == "M":

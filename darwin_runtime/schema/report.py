@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,5 +92,6 @@ def _excerpt(value: Any) -> str:
         return f"{_json_type(value)} of {len(value)}"
     if value is None:
         return "null"
-    text = repr(value[:60] if isinstance(value, str) else value)
+    # JSON's own words for NaN and Infinity
+    text = json.dumps(value) if type(value) is float else repr(value[:60] if isinstance(value, (str, bytes)) else value)
     return f"{_json_type(value)} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -29,7 +29,7 @@ class Rows:
     count: int
     table: bool = False
     unvalidated: bool = False
-    index: list[Any] | None = None
+    index: list[Any] | pd.Index[Any] | None = None
     names: pd.Index[Any] | None = None
     complete: bool = True
     batch_key: Hashable | None = None

@@ -21,7 +21,7 @@ def describe(specs: Sequence[Spec]) -> list[dict[str, Any]]:
         if spec["type"] == "tensor":
             tensor = spec["tensor-spec"]
             rest: Spec = {"type": "tensor", "dtype": tensor["dtype"], "shape": list(tensor["shape"])}
-            name = name or ""
+            name = "" if name is None else name
         else:
             rest = {key: value for key, value in spec.items() if key != "name"}
         described.append({"name": str(index if name is None else name), "required": True, **rest})

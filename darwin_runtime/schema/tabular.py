@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 
 from darwin_runtime.schema.checks import (
+    MAX_REPEATED,
+    cells_of_rows,
     require_column_names,
     require_lists,
     require_records,
@@ -27,6 +29,7 @@ from darwin_runtime.schema.columns import Column, parse_column, parse_in_bulk
 from darwin_runtime.schema.csv import parse_texts, plain_header, read_csv_matrix, read_csv_texts
 from darwin_runtime.schema.datatypes import datatype_of, or_null
 from darwin_runtime.schema.doubles import double_matrix
+from darwin_runtime.schema.hints import with_floats
 from darwin_runtime.schema.report import MISSING, Report, refuse
 from darwin_runtime.schema.rows import Array, Rows, dataframe_type, stack_columns
 from darwin_runtime.schema.signature import JSON_SCHEMA_DIALECT, Spec, describe
@@ -37,6 +40,8 @@ class TabularSchema:
 
     If `all_floats`, complete tables are one matrix of them.
     """
+
+    checked = True
 
     def __init__(self, specs: Sequence[Spec]) -> None:
         self.specs = specs
@@ -68,18 +73,24 @@ class TabularSchema:
         try:
             picked = list(map(_values_at(keys), rows))
         except KeyError:
-            return self._table([[row.get(key, MISSING) for row in rows] for key in keys], len(rows))
-        return self._floats(picked) or self._rows(picked)
+            table = self._table([[row.get(key, MISSING) for row in rows] for key in keys], len(rows))
+        else:
+            table = self._floats(picked) or self._rows(picked)
+        return table if self.named else self._called(table, keys)
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         """`["a", "b"]` and `[[1, 2], …]`: names once, then a list per row; without names, by position."""
         data = require_rows(data, "data: a list of at least one row")
         if columns is None or (columns == self._keys and self._distinct):
-            rows = self.positional(data)
+            rows = self.positional(cells_of_rows(data) if len(self.columns) == 1 else data)
+            rows = rows if self.named else self._called(rows, columns)
         else:
             names = require_column_names(columns)
+            data = cells_of_rows(data) if len(names) == 1 else data
             require_lists(data, len(names))
             rows = self._split(names, list(zip(*data, strict=True)), len(data))
+            called = dict(zip(names, columns, strict=True))
+            rows = self._called(rows, [called.get(key) for key in self._keys_by_position(names)])
         return rows if index is None else replace(rows, index=require_row_labels(index, rows.count), batch_key=None)
 
     def positional(self, rows: list[Any]) -> Rows:
@@ -105,7 +116,7 @@ class TabularSchema:
         return None if array is None else self._matrix(array.reshape(shape), report)
 
     def arrays(self, columns: Mapping[str, Any]) -> Rows:
-        """`{"a": [1, …], "b": [2, …]}`: a list per column, all equally long."""
+        """`{"a": [1, …], "b": 2}`: a list per column, all equally long, or a single value for all rows."""
         report = Report()
         wanted = set(self._keys)
         used = {name: part for name, part in columns.items() if name in wanted or not self.named}
@@ -114,19 +125,25 @@ class TabularSchema:
         for name, length in lengths.items():
             if length != count:
                 report.mismatch(None, name, f"{count} values, as many as the longest column", columns[name])
-        for name, value in used.items():
-            if type(value) is not list:
-                report.mismatch(None, name, "a list, a value for each row", value)
+        single = [(name, value) for name, value in used.items() if type(value) is not list]
+        for name, value in single:
+            if type(value) is dict:
+                report.mismatch(None, name, "a list, a value for each row, or a single value for all", value)
+            elif count * len(single) > MAX_REPEATED:
+                report.mismatch(None, name, "a list, a value for each row", value, f"for {count} rows")
         report.finish()
         if not count:
             raise refuse("a list of at least one value in each column", dict(columns))
+        used = {name: part if type(part) is list else [part] * count for name, part in used.items()}
         return self._split(list(used), list(used.values()), count)
 
     def instances(self, value: Any) -> Rows:
         """The `instances` or `inputs` of TensorFlow Serving's REST form: rows, or an object of columns."""
         if type(value) is dict:
             lists = any(type(part) is list for part in value.values())
-            return self.arrays(value) if lists and not self._row_of_lists else self.records([value])
+            if not lists or self._row_of_lists:
+                return self.records([value])
+            return self._called(self.arrays(value), self._keys_by_position(value))
         single = len(self.columns) == 1
         if type(value) is not list:
             if single:
@@ -141,6 +158,9 @@ class TabularSchema:
         if single and list not in types:
             return self._table([rows], len(rows))
         return self.positional(rows)
+
+    # Without a signature, these differ.
+    inputs_as_sent = instances
 
     def features(self, value: Any) -> Rows:
         """Darwin's form: one object, or a list of them; for unnamed columns also a list, or a list of lists."""
@@ -158,8 +178,9 @@ class TabularSchema:
         if numbers is not None:
             return numbers
         names, rows = read_csv_texts(body)
-        parsers = dict(zip(self._keys_by_position(names), (c.datatype.from_text for c in self.columns), strict=True))
-        return self._split(names, parse_texts(names, rows, parsers), len(rows))
+        keys = self._keys_by_position(names)
+        parsers = dict(zip(keys, (c.datatype.from_text for c in self.columns), strict=True))
+        return self._called(self._split(names, parse_texts(names, rows, parsers), len(rows)), keys)
 
     def _csv_of_numbers(self, body: bytes) -> Rows | None:
         """The rows of `csv`, read as JSON; None if they could differ, or make no matrix."""
@@ -172,8 +193,8 @@ class TabularSchema:
         if (header := plain_header(body)) is None:
             return None
         names, begin = header
-        where = {name: index for index, name in enumerate(names)}
-        order = [where.get(key, -1) for key in self._keys_by_position(names)]
+        where, keys = {name: index for index, name in enumerate(names)}, self._keys_by_position(names)
+        order = [where.get(key, -1) for key in keys]
         if len(where) < len(names) or -1 in order:
             return None
         matrix = read_csv_matrix(body, begin, len(names))
@@ -182,7 +203,7 @@ class TabularSchema:
         if order != [*range(len(names))]:
             matrix = matrix.take(order, axis=1)
         cells = self.columns[0].datatype.of_doubles(matrix)
-        return None if cells is None else self._matrix(cells, Report())
+        return None if cells is None else self._called(self._matrix(cells, Report()), keys)
 
     def sample(self, rows: Rows | None) -> Any:
         """`features` for one row: the first of `rows`, or else made up from the types."""
@@ -206,6 +227,15 @@ class TabularSchema:
             return self._keys
         names = list(given)[: len(self._keys)]
         return names + self._keys[len(names) :]
+
+    def _called(self, rows: Rows, names: Sequence[Any] | None) -> Rows:
+        """`rows` with the client's `names` of the columns, where the signature has none, as MLflow leaves them."""
+        if self.named or names is None:
+            return rows
+        if rows.names is not None:
+            return replace(rows, names=pd.Index(names), batch_key=(rows.batch_key, *names))
+        value = dict(zip(names, rows.value.values(), strict=True))
+        return replace(rows, value=value, batch_key=(rows.batch_key, *names))
 
     def _floats(self, rows: list[Any]) -> Rows | None:
         """The rows that are lists or tuples of as many floats as there are columns; None if they need a closer look."""
@@ -262,6 +292,8 @@ class TabularSchema:
 class TypeHintSchema(TabularSchema):
     """A signature made from a Python model's type hints: MLflow itself checks the list against the hints."""
 
+    checked = False
+
     def records(self, rows: Any) -> Rows:
         raise refuse("`inputs`, a list: this model takes what its type hints say, not a table", rows)
 
@@ -275,7 +307,11 @@ class TypeHintSchema(TabularSchema):
         if type(value) is list and not value:
             raise refuse("a list of at least one value", value)
         require_shallow(value)
-        return Rows(value, len(value) if type(value) is list else 1, unvalidated=True)
+        if type(value) is not list:
+            return Rows(with_floats(self.specs[0], value), 1, unvalidated=True)
+        return Rows([with_floats(self.specs[0], part) for part in value], len(value), unvalidated=True)
+
+    inputs_as_sent = instances
 
     def features(self, value: Any) -> Rows:
         return self.instances(value if type(value) is list else [value])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from darwin_runtime.schema.checks import (
+    cells_of_rows,
     require_column_names,
     require_lists,
     require_records,
@@ -30,14 +31,14 @@ from darwin_runtime.schema.signature import JSON_SCHEMA_DIALECT, Spec, describe
 class TensorSpec:
     """A signature's tensor; -1 in `shape` stands for any length."""
 
-    name: str | None
+    name: str | int | None
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     datatype: DataType
 
     @property
     def key(self) -> str:
-        return self.name or ""
+        return "" if self.name is None else str(self.name)
 
     @property
     def batched(self) -> bool:
@@ -47,12 +48,13 @@ class TensorSpec:
         """Nested lists as an array of `shape` (the tensor's own by default), or None with the reasons in `report`."""
         shape = self.shape if shape is None else shape
         expected = f"{self.dtype.name} of shape {list(shape)}"
-        level, lengths = [value], []
+        level, lengths = [value], list[int]()
         for axis, wanted in enumerate(shape):
             found = {len(part) if type(part) is list else -1 for part in level}
             if -1 in found:
-                odd = next(part for part in level if type(part) is not list)
-                report.mismatch(None, self.key, expected, odd, f"not a list at depth {axis + 1}")
+                index, odd = next((index, part) for index, part in enumerate(level) if type(part) is not list)
+                row = index // math.prod(lengths[1:]) if lengths else None
+                report.mismatch(row, self.key, expected, odd, f"not a list at depth {axis + 1}")
                 return None
             if len(found) > 1 or (found and wanted not in (-1, *found)):
                 why = f"lengths along axis {axis}: {', '.join(map(str, sorted(found)[:5]))}"
@@ -107,6 +109,7 @@ class TensorSchema:
     """A signature of one unnamed tensor, or of named ones."""
 
     all_floats = False
+    checked = True
 
     def __init__(self, specs: Sequence[Spec]) -> None:
         self.specs = specs
@@ -127,10 +130,11 @@ class TensorSchema:
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         data = require_rows(data, "data: a list of at least one row")
         require_row_labels(index, len(data))  # arrays have none
-        width = len(data[0]) if type(data[0]) is list else 0
+        width = len(data[0]) if type(data[0]) is list else 1
         names = [t.key for t in self.tensors] if self.named else [str(i) for i in range(width)]
         if columns is not None:
             names = require_column_names(columns)
+        data = cells_of_rows(data) if len(names) == 1 else data
         require_lists(data, len(names))
         return self._cells(names, [list(column) for column in zip(*data, strict=True)], len(data))
 
@@ -149,6 +153,9 @@ class TensorSchema:
             raise refuse("an object of named tensors, or a list of such objects", value)
         return self._parse(value if self.named else {"": value}, TensorSpec.parse)
 
+    # Without a signature, these differ.
+    inputs_as_sent = instances
+
     def features(self, value: Any) -> Rows:
         """Darwin's form: the tensor or an object of tensors, each with or without its first axis of length -1."""
         if self.named and type(value) is list:
@@ -157,15 +164,17 @@ class TensorSchema:
             raise refuse("an object of named tensors", value)
         given = value if self.named else {"": value}
         batched = [t for t in self.tensors if t.batched]
-        rows = {t.key: [given[t.key]] for t in batched if _list_depth(given.get(t.key)) == len(t.shape) - 1}
+        rows = {
+            t.key: [given[t.key]] for t in batched if t.key in given and _list_depth(given[t.key]) == len(t.shape) - 1
+        }
         return self._parse({**given, **rows}, TensorSpec.parse)
 
     def sample(self, rows: Rows | None) -> Any:
         if rows is None:
-            given = {tensor.key: tensor.sample() for tensor in self.tensors}
+            given = {tensor.name: tensor.sample() for tensor in self.tensors}
         else:
-            given = rows.value if self.named else {"": rows.value}
-        first = {t.key: given[t.key][0] if t.batched else given[t.key] for t in self.tensors}
+            given = rows.value if self.named else {None: rows.value}
+        first = {t.key: given[t.name][0] if t.batched else given[t.name] for t in self.tensors}
         return first if self.named else first[""]
 
     def json_schema(self) -> dict[str, Any]:
@@ -189,11 +198,12 @@ class TensorSchema:
             else:
                 report.missing(None, tensor.key, f"{tensor.dtype.name} of shape {list(tensor.shape)}")
         report.finish()
-        made = {name: array for name, array in arrays.items() if array is not None}
-        first = next(iter(made.values()))
+        made = {tensor.name: array for tensor in self.tensors if (array := arrays[tensor.key]) is not None}
+        first = made[self.tensors[0].name]
         count = len(first) if first.ndim else 1
-        in_rows = all(tensor.batched and len(made[tensor.key]) == count for tensor in self.tensors)
-        batch_key = tuple((t.key, made[t.key].dtype, made[t.key].shape[1:]) for t in self.tensors) if in_rows else None
+        in_rows = all(tensor.batched and len(made[tensor.name]) == count for tensor in self.tensors)
+        parts = [(tensor.key, made[tensor.name]) for tensor in self.tensors]
+        batch_key = tuple((key, array.dtype, array.shape[1:]) for key, array in parts) if in_rows else None
         return Rows(made if self.named else first, count, unvalidated=report.nulls, batch_key=batch_key)
 
 

@@ -14,6 +14,7 @@ from darwin_runtime.errors import InputError
 from darwin_runtime.schema.checks import (
     require_few_columns,
     require_little_padding,
+    require_records,
     require_row_labels,
     require_rows,
     require_same_keys,
@@ -33,6 +34,7 @@ class UncheckedSchema:
     inputs: Sequence[Spec] = ()
     specs: Sequence[Spec] = ()
     all_floats = False
+    checked = False
 
     def records(self, rows: Any) -> Rows:
         rows = require_rows(rows, "a list of at least one object")
@@ -60,12 +62,24 @@ class UncheckedSchema:
         return self._rows(lambda: pd.read_csv(io.StringIO(text)), text)
 
     def instances(self, value: Any) -> Rows:
-        if type(value) is list and value and set(map(type, value)) == {dict}:
-            keys = dict.fromkeys(itertools.chain.from_iterable(value))
-            require_same_keys(value, len(keys))
-            value = {key: [row[key] for row in value if key in row] for key in keys}
+        if type(value) is list and value and type(value[0]) is dict:
+            rows = require_records(value)
+            keys = dict.fromkeys(itertools.chain.from_iterable(rows))
+            require_same_keys(rows, len(keys))
+            value = {key: [row[key] for row in rows if key in row] for key in keys}
         if type(value) is dict:
-            return self._rows(lambda: {key: _numpy_array(part) for key, part in value.items()}, value)
+            lengths = {len(part) if type(part) is list else None for part in value.values()}
+            if None in lengths or len(lengths) > 1:
+                raise refuse("as many values for each name as for the others", value)
+            return self.inputs_as_sent(value)
+        return self._rows(lambda: _numpy_array(value), value)
+
+    def inputs_as_sent(self, value: Any) -> Rows:
+        """The `inputs` of MLflow, where objects stay objects, and their values need not be equally many."""
+        if type(value) is dict:
+            return self._rows(lambda: _numpy_arrays(value), value)
+        if type(value) is list and value and set(map(type, value)) == {dict}:
+            return self._rows(lambda: list(map(_numpy_arrays, value)), value)
         return self._rows(lambda: _numpy_array(value), value)
 
     def features(self, value: Any) -> Rows:
@@ -87,10 +101,16 @@ class UncheckedSchema:
             raise
         except Exception as error:  # any error of pandas and numpy has its cause in the request
             raise refuse("rows that make a table or an array", given, str(error)[:300]) from None
+        if isinstance(value, list):
+            return Rows(value, len(value), unvalidated=True)
         sizes = [array.shape[:1] for array in value.values()] if isinstance(value, dict) else [value.shape[:1]]
         if not sizes or 0 in sizes[0] or (isinstance(value, pd.DataFrame) and not len(value)):
             raise refuse("at least one row", given)
         return Rows(value, sizes[0][0] if sizes[0] else 1, unvalidated=True)
+
+
+def _numpy_arrays(given: dict[str, Any]) -> dict[str, Array]:
+    return {key: _numpy_array(part) for key, part in given.items()}
 
 
 def _numpy_array(value: Any) -> Array:

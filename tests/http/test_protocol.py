@@ -164,7 +164,7 @@ def test_what_a_client_prefers(ours: Callable[[str], str], accept: str, media_ty
     assert (answer.status_code, answer.headers["Content-Type"]) == (200, media_type)
 
 
-@pytest.mark.parametrize("path", ["/predict", "/invocations", "/v1/models/model:predict"])
+@pytest.mark.parametrize("path", ["/predict", "/v1/models/model:predict"])
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_nothing_acceptable(ours: Callable[[str], str], path: str, rows: int) -> None:
     key, value = next(iter(BODIES[path].items()))
@@ -173,6 +173,24 @@ def test_nothing_acceptable(ours: Callable[[str], str], path: str, rows: int) ->
         answer = requests.post(ours("iris") + path, json=body, headers={"Accept": accept}, timeout=60)
         assert answer.status_code == 406
         assert "ask for application/json or text/csv" in shape(path, answer)
+
+
+@pytest.mark.parametrize("accept", ["application/xml", "application/json;q=0, text/csv;q=0", "text/html", "a/b;q=nan"])
+def test_mlflow_answers_json_whatever_is_accepted(ours: Callable[[str], str], accept: str) -> None:
+    answer = requests.post(
+        ours("iris") + "/invocations", json=BODIES["/invocations"], headers={"Accept": accept}, timeout=60
+    )
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "application/json")
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_byte_order_mark(ours: Callable[[str], str], path: str) -> None:
+    body = json.dumps(BODIES[path]).encode()
+    expected, found = (
+        requests.post(ours("iris") + path, data=data, headers={"Content-Type": "application/json"}, timeout=60)
+        for data in (body, b"\xef\xbb\xbf" + body)
+    )
+    assert (found.status_code, found.json()) == (200, expected.json())
 
 
 @pytest.mark.parametrize("path", ["/invocations", "/v1/models/model:predict"])
@@ -266,6 +284,22 @@ def test_unknown_routes(ours: Callable[[str], str], path: str) -> None:
     answer = requests.get(ours("iris") + path, timeout=60)
     assert answer.status_code == 404
     assert shape(path, answer)
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/ping", "/version", "/v2", "/v2/models/model", "/v1/models/model"])
+def test_a_slash_at_the_end(ours: Callable[[str], str], path: str) -> None:
+    body = BODIES.get(path)
+    plain, slash, two = (
+        requests.request(
+            "POST" if body else "GET", ours("iris") + path + end, json=body, timeout=60, allow_redirects=False
+        )
+        for end in ("", "/", "//")
+    )
+    if path == "/predict":
+        assert slash.status_code == 404
+    else:
+        assert (slash.status_code, slash.content) == (200, plain.content)
+    assert two.status_code == 404
 
 
 @pytest.mark.parametrize("path", [*BODIES])

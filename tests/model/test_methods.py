@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import mlflow.lightgbm
 import numpy as np
 import pandas as pd
 import pytest
+from lightgbm import LGBMClassifier
+from mlflow.models import infer_signature
 from sklearn.ensemble import IsolationForest, RandomForestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -72,6 +75,31 @@ def test_what_a_model_offers(tmp_path: Path, estimator: Any, methods: list[str])
     contract = load_model(save_estimator(estimator, tmp_path / "model", TABLE)).contract("m")
     assert list(contract.methods) == methods
     assert contract.classes == (None if isinstance(estimator, IsolationForest) else [0, 1, 2])
+
+
+BOOSTED = LGBMClassifier(n_estimators=2, verbose=-1).fit(TABLE, TARGET)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    ("flavor", "estimator", "taken"),
+    # The pipeline has **params, for a last step that takes none.
+    [(mlflow.sklearn, CLASSIFIER, {}), (mlflow.lightgbm, BOOSTED, {"raw_score": True})],
+    ids=["sklearn", "lightgbm"],
+)
+def test_a_method_gets_the_params_that_it_takes(
+    tmp_path: Path, flavor: Any, estimator: Any, taken: dict[str, Any], fast: bool
+) -> None:
+    # MLflow gives the defaults to each request. `X` is the data's own name.
+    options: Any = {"signature": infer_signature(TABLE, params={"tag": "a", "X": 1, "raw_score": True})}
+    if flavor is mlflow.sklearn:
+        options["serialization_format"] = "cloudpickle"
+    path = save(lambda at: flavor.save_model(estimator, at, **options, **REQUIREMENTS), tmp_path / "model")
+    model = load_model(path).with_quickest_predictor(fast=fast)
+    expected = estimator.predict_proba(TABLE.head(5), **taken)
+    for params in ({}, {"tag": "b"}):
+        np.testing.assert_array_equal(model.predict(iris_rows(model), params, "predict_proba"), expected)
+    np.testing.assert_array_equal(model.predict(iris_rows(model), {"tag": "b"}), estimator.predict(TABLE.head(5)))
 
 
 def test_boosters_and_the_models_of_others_offer_nothing_else() -> None:

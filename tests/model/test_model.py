@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import yaml
 from darwin_runtime import mlflow_import
 from darwin_runtime.errors import InputRejected, PredictionFailed, RoleError
 from darwin_runtime.model.load import SERVING, load_model
-from darwin_runtime.model.mlmodel import find_model, read_example
+from darwin_runtime.model.mlmodel import find_model, read_description, read_example
 from tests.support.models import NESTED_ROW, TYPED_ROW, iris_table, load_pyfunc, model_path
 
 
@@ -233,6 +234,49 @@ def test_a_description_cut_between_lines_is_truncated(iris: Path) -> None:
     file.write_text("".join(lines[: lines.index(next(line for line in lines if line.startswith("mlflow_version")))]))
     with pytest.raises(RoleError, match=f"{file} ends before"):
         load_model(iris)
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("write", [yaml.safe_dump, json.dumps])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {},
+        {"signature": {"inputs": '[{"type": "double", "name": "a"}]'}},
+        {"time_created": "today", "artifact_path": "x", "run_id": "7"},
+    ],
+    ids=str,
+)
+def test_a_description_that_others_wrote(iris: Path, rest: Any, write: Callable[[Any], str], end: str) -> None:
+    sklearn = yaml.safe_load((iris / "MLmodel").read_text())["flavors"]["sklearn"]
+    own = {"loader_module": "mlflow.sklearn", "model_path": "model.skops", "env": "conda.yaml", "python_version": "3.9"}
+    described = {"flavors": {"python_function": own, "sklearn": sklearn}, **rest}
+    (iris / "MLmodel").write_text(write(described).rstrip() + end)
+    assert len(load_model(iris).input_schema.inputs) == ("signature" in rest)
+
+
+@pytest.mark.parametrize("kind", ["iris", "no_signature", "hinted", "typed"])
+def test_a_description_without_its_last_line_loses_nothing(tmp_path: Path, kind: str) -> None:
+    directory = Path(shutil.copytree(model_path(kind), tmp_path / kind))
+    file = directory / "MLmodel"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("utc_time_created")]
+    for text in ("\n".join(lines), "\n".join(lines) + "\n"):
+        file.write_text(text)
+        assert load_model(directory).input_schema.inputs == load_model(model_path(kind)).input_schema.inputs
+
+
+def test_no_beginning_of_a_description_is_served_without_its_signature(iris: Path) -> None:
+    file = iris / "MLmodel"
+    text = file.read_text()
+    begin, end = text.index("loader_module"), text.index("type_hint_from_example")
+    for size in range(begin, len(text)):
+        file.write_text(text[:size])
+        if size < end:
+            with pytest.raises(RoleError, match=str(file)):
+                read_description(iris)
+        else:
+            with contextlib.suppress(RoleError):
+                assert read_description(iris)["signature"]["inputs"].endswith("]")
 
 
 def test_an_impossible_date_in_the_description_is_named(iris: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,7 @@ def test_bodies_that_are_no_json_object(body: bytes) -> None:
         b'{"feature_group": "g"}',
         b'{"ofs_keys": [1]}',
         b'{"features": {"a": 1}, "feature_group": "g"}',
+        b'{"features": null, "feature_group": "g"}',
         b'{"feature_group": "g", "ofs_keys": [1]}',
     ],
 )
@@ -136,6 +137,56 @@ def test_features_or_keys_but_not_both(body: bytes) -> None:
 def test_exactly_one_well_formed_shape(body: bytes) -> None:
     with pytest.raises((BadRequest, InputError)):
         invoke(body)
+
+
+@pytest.mark.parametrize("fields", ["", '"features": null, ', '"params": null, "features": null, '])
+def test_null_beside_keys_is_no_features(fields: str) -> None:
+    body = f'{{{fields}"feature_group": "g", "ofs_keys": {{"id": 1}}}}'.encode()
+    rows = darwin.read(body, {}, CONTRACT, lookup=lambda group, keys: {"a": 2, **keys}).rows
+    assert rows.first() == {"a": 2}
+
+
+SEVERAL = ParamSchema([{"name": "x", "type": "double"}, {"name": "n", "type": "long"}, {"name": "s", "type": "string"}])
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{"features": {"a": Infinity}}', "row 0, 'a': expected long, got number Infinity"),
+        (b'{"features": {"a": 1}, "params": {"x": -Infinity}}', "'params.x': expected double, got number -Infinity"),
+        (b'{"features": {"a": 1}, "params": {"n": NaN}}', "'params.n': expected long, got number NaN"),
+        (b'{"features": {"a": 1}, "params": {"s": NaN}}', "'params.s': expected string, got number NaN"),
+        (b'{"features": {"a": NaN}}', "row 0, 'a': expected long, got number NaN"),
+        (b'{"features": NaN}', "object of named values"),
+    ],
+)
+def test_nan_and_infinity_are_refused_by_name(body: bytes, why: str) -> None:
+    with pytest.raises(InputError) as caught:
+        darwin.read(body, {}, replace(CONTRACT, params=SEVERAL))
+    assert why in str(caught.value)
+
+
+def test_nan_is_a_param() -> None:
+    request = darwin.read(
+        b'{"features": {"a": 1}, "params": {"x": NaN, "n": null}}', {}, replace(CONTRACT, params=SEVERAL)
+    )
+    assert math.isnan(request.params["x"])
+    assert request.params["n"] is None
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (b'{"dataframe_records": [{"a": 1}, {"a": [0, Infinity]}]}', r"'dataframe_records\[1\].a\[1\]'"),
+        (b'{"dataframe_split": {"columns": ["a"], "data": [[-Infinity]]}}', r"'dataframe_split.data\[0\]\[0\]'"),
+        (b'{"inputs": [NaN, Infinity]}', r"'inputs\[1\]'"),
+        (b'{"messages": [{"weight": Infinity}]}', r"'messages\[0\].weight'"),
+        (b'{"inputs": [1], "' + b"k" * 500 + b'": [[Infinity]]}', r"'k{200}\.\.\.'"),
+    ],
+)
+def test_infinity_without_a_signature_is_refused_by_its_path(body: bytes, path: str) -> None:
+    with pytest.raises(InputError, match=path + ": expected a finite number, got number -?Infinity"):
+        mlflow_scoring.read(body, {}, ModelSpec(compile_schema(None), ParamSchema(None)))
 
 
 def test_csv_must_be_utf8() -> None:

@@ -115,6 +115,19 @@ def test_triton_shows_our_errors(client: Any) -> None:
         client.infer("other", inputs)
 
 
+def test_clients_that_write_nan(ours: Callable[[str], str]) -> None:
+    from mlflow.pyfunc.scoring_server.client import ScoringServerClient
+
+    address = urlsplit(ours("optional"))
+    table = pd.DataFrame({"x": [1.5, np.nan], "maybe_string": ["a", None], "maybe_datetime": [pd.NaT, pd.Timestamp(0)]})
+    expected = load_pyfunc(model_path("optional")).predict(table)
+    client = ScoringServerClient(str(address.hostname), address.port)
+    assert client.invoke(table).get_predictions().to_numpy().ravel().tolist() == expected
+    with triton.InferenceServerClient(address.netloc) as other:
+        answer = other.infer("model", [tensor("x", table[["x"]].to_numpy(), "FP64", binary=False)])
+    assert answer.as_numpy("predict").ravel().tolist() == [expected[0].encode()]
+
+
 def test_mlflow_asks(ours: Callable[[str], str]) -> None:
     # MLflow warns of its own type hints at its first import, which is for tests.support.models.
     from mlflow.pyfunc.scoring_server.client import ScoringServerClient

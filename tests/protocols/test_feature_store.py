@@ -124,14 +124,14 @@ def message(answer: requests.Response) -> str:
 def test_features_are_looked_up(predict: Any, store: Store, nested: bool) -> None:
     store.nested = nested
     assert predict({"features": IRIS}).json() == predict(ASKED).json() == {"scores": [1]}
-    (kind, group, _), (then, asked, headers) = store.asked
+    (kind, group, first), (then, asked, headers) = store.asked
     assert (kind, group, then) == ("schema", "flowers", "read")
     assert asked == {
         "featureGroupName": "flowers",
         "featureColumns": [*IRIS, "color"],
         "primaryKeys": {"names": ["flower_id"], "values": [[7]]},
     }
-    assert headers["content-type"] == "application/json"
+    assert first["content-type"] == headers["content-type"] == "application/json"
     # The columns are known now.
     assert predict(ASKED).status_code == 200
     assert [kind for kind, _, _ in store.asked] == ["schema", "read", "read"]
@@ -165,6 +165,8 @@ def test_what_the_store_has_is_checked_like_the_rest(predict: Any, store: Store)
         ({"feature_group": 1, "ofs_keys": KEYS}, "name of a feature group"),
         ({"feature_group": "flowers", "ofs_keys": {}}, "object of primary keys"),
         ({"feature_group": "flowers", "ofs_keys": [7]}, "object of primary keys"),
+        (b'{"feature_group": "flowers", "ofs_keys": {"a": 1, "b": NaN}}', "NaN or Infinity for 'b'"),
+        (b'{"feature_group": "flowers", "ofs_keys": {"a": -Infinity}}', "NaN or Infinity for 'a'"),
         (b'{"feature_group": ', "not valid JSON"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import struct
 from typing import Any
 
@@ -16,6 +17,7 @@ from darwin_runtime.protocols import open_inference
 from darwin_runtime.schema.model_spec import ModelSpec, compile_schema
 from darwin_runtime.schema.params import ParamSchema
 from tests.support import tensors
+from tests.support.schemas import tensor_spec
 
 NO_PARAMS = ParamSchema(None)
 TWO = ModelSpec(compile_schema([{"type": "double", "name": "a"}, {"type": "string", "name": "b"}]), NO_PARAMS)
@@ -145,8 +147,120 @@ LONG = struct.pack("<I", 2**32 - 1)
 def test_binary_data_that_lies(tensor: dict[str, Any], data: bytes, size: int | None, why: str) -> None:
     body, length = packed(tensor, data, size)
     with pytest.raises(BadRequest) as caught:
-        read_binary(body, length, ModelSpec(compile_schema(None), NO_PARAMS))
+        read_binary(body, length)
     assert why in str(caught.value)
+
+
+PNG, TEXT = b"\x89PNG\0", "ü"
+
+
+@pytest.mark.parametrize(
+    ("specs", "takes"),
+    [
+        (None, "both"),
+        ([tensor_spec("bytes", -1)], "bytes"),
+        ([tensor_spec("object", -1, name="b")], "both"),
+        ([{"type": "binary", "name": "b"}], "bytes"),
+        ([{"type": "any", "name": "b"}], "both"),
+        ([{"type": "string", "name": "b"}], "text"),
+        ([tensor_spec("str", -1)], "text"),
+        ([{"type": "array", "items": {"type": "string"}, "name": "b"}], None),
+    ],
+)
+def test_bytes_that_are_no_text(specs: Any, takes: str | None) -> None:
+    contract = ModelSpec(compile_schema(specs), NO_PARAMS)
+
+    def values(*parts: bytes) -> list[Any]:
+        data = b"".join(struct.pack("<I", len(part)) + part for part in parts)
+        given = read_binary(
+            *packed({"name": "b", "shape": [len(parts)], "datatype": "BYTES"}, data), contract
+        ).rows.value
+        return list((next(iter(given.values())) if isinstance(given, dict) else given).tolist())
+
+    png = PNG if takes == "both" or (specs and specs[0]["type"] == "binary") else PNG[:-1]
+    if takes in ("bytes", "both"):
+        # All of a tensor is of one type, whatever is in it.
+        assert values(png, TEXT.encode()) == [png, TEXT.encode()]
+    else:
+        with pytest.raises((BadRequest, InputError), match="not UTF-8"):
+            values(png)
+    if takes:
+        assert values(TEXT.encode()) == [TEXT.encode() if takes == "bytes" else TEXT]
+
+
+def test_bytes_beside_text_in_whole_rows() -> None:
+    columns = [{"type": "string", "name": "s"}, {"type": "binary", "name": "b"}, {"type": "any", "name": "x"}]
+    data = b"".join(struct.pack("<I", len(part)) + part for part in (b"AAAA", b"AAAA", b'{"a": NaN}'))
+    body, length = packed({"name": "rows", "shape": [1, 3], "datatype": "BYTES"}, data)
+    rows = read_binary(body, length, ModelSpec(compile_schema(columns), NO_PARAMS)).rows
+    np.testing.assert_equal(
+        {name: column.tolist() for name, column in rows.value.items()},
+        {"s": ["AAAA"], "b": [b"AAAA"], "x": [{"a": np.nan}]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "tensor", "expected"),
+    [
+        ({"type": "string"}, {"shape": [2, 1], "datatype": "BYTES", "data": ["a", "b"]}, ["a", "b"]),
+        ({"type": "string"}, {"shape": [2], "datatype": "BYTES", "data": ["a", "b"]}, ["a", "b"]),
+        ({"type": "double"}, {"shape": [2, 1], "datatype": "FP64", "data": [1, 2.5]}, [1.0, 2.5]),
+        ({"type": "long"}, {"shape": [1, 1], "datatype": "INT64", "data": [1]}, [1]),
+        (
+            {"type": "map", "values": {"type": "long"}},
+            {"shape": [1, 1], "datatype": "BYTES", "data": ['{"a":1}']},
+            [{"a": 1}],
+        ),
+        (
+            {"type": "array", "items": {"type": "double"}},
+            {"shape": [2, 1], "datatype": "FP64", "data": [1, 2]},
+            [[1.0], [2.0]],
+        ),
+        (
+            {"type": "array", "items": {"type": "long"}},
+            {"shape": [1], "datatype": "BYTES", "data": ["[1, 2]"]},
+            [[1, 2]],
+        ),
+        (
+            {"type": "array", "items": {"type": "string"}},
+            {"shape": [1, 2], "datatype": "BYTES", "data": ["a", "b"]},
+            [["a", "b"]],
+        ),
+        (
+            {"type": "array", "items": {"type": "string"}},
+            {"shape": [1, 1], "datatype": "BYTES", "data": ["a"]},
+            [["a"]],
+        ),
+        ({"type": "any"}, {"shape": [2], "datatype": "BYTES", "data": ["a", '{"b": 1}']}, ["a", {"b": 1}]),
+    ],
+)
+def test_tensors_for_type_hints(spec: dict[str, Any], tensor: dict[str, Any], expected: list[Any]) -> None:
+    contract = ModelSpec(compile_schema([spec], from_type_hint=True), NO_PARAMS)
+    found = read({"inputs": [{"name": "0", **tensor}]}, contract).rows.value
+    assert repr(found) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        ({**A, "data": [1, math.inf]}, "row 1, 'a': expected double, got number Infinity"),
+        ({**A, "datatype": "INT64", "data": [1, math.nan]}, "'nan' is no INT64"),
+        ({**A, "datatype": "BOOL", "data": [True, math.nan]}, "'nan' is no BOOL"),
+    ],
+)
+def test_what_no_number_is(tensor: dict[str, Any], why: str) -> None:
+    with pytest.raises((BadRequest, InputError)) as caught:
+        read({"inputs": [tensor, B]})
+    assert why in str(caught.value)
+
+
+def test_nan_in_tensors() -> None:
+    rows = read({"inputs": [{**A, "data": [1, math.nan]}, {**B, "data": ["x", math.nan]}]}).rows
+    assert rows.for_model().isna().to_numpy().tolist() == [[False, False], [True, True]]
+    unchecked = ModelSpec(compile_schema(None), NO_PARAMS)
+    np.testing.assert_equal(read({"inputs": [{**A, "data": [1, math.nan]}]}, unchecked).rows.value, [1, math.nan])
+    with pytest.raises(InputError, match=r"'inputs\[0\].data\[1\]': expected a finite number, got number Infinity"):
+        read({"inputs": [{**A, "data": [1, math.inf]}]}, unchecked)
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "", "99999", "1e1", "\u0664", "9" * 5000])

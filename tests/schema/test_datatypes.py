@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from darwin_runtime.errors import InputError
-from tests.support.schemas import ARRAY, MAP, OBJECT, parsed_column, schema_of
+from tests.support.schemas import ARRAY, MAP, OBJECT, columns_by_name, parsed_column, schema_of
 
 ACCEPTED = [
     ("boolean", [True, False], np.array([True, False])),
@@ -99,6 +99,76 @@ def test_null_in_an_optional_column(kind: Any, values: list[Any], expected: list
 def test_integers_have_no_null_beside_values(kind: str) -> None:
     with pytest.raises(InputError, match=r"row 1, 'c': expected \w+, got null"):
         parsed_column(kind, 1, None, required=False)
+
+
+NAN = math.nan
+INNER = {"type": "object", "properties": {"d": {"type": "double"}, "o": {"type": "long", "required": False}}}
+
+MISSING = [
+    ("double", [NAN, 1], [NAN, 1.0]),
+    ("float", [NAN, 2**24 + 2], [NAN, 2**24 + 2]),
+    ("string", [NAN, "NaN"], [None, "NaN"]),
+    ("datetime", [NAN, "NaT", "2024-01-01"], [None, None, 1704067200000000000]),
+    ("any", [NAN, "x"], [NAN, "x"]),
+    (ARRAY, [[NAN, 1]], [[NAN, 1.0]]),
+    ({"type": "array", "items": {"type": "any"}}, [[NAN, "x"]], [[NAN, "x"]]),
+    (INNER, [{"d": NAN, "o": NAN}], [{"d": NAN, "o": None}]),
+    ({"type": "map", "values": {"type": "double"}}, [{"a": NAN}], [{"a": NAN}]),
+]
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize(("kind", "values", "expected"), MISSING)
+def test_nan_is_a_missing_value(kind: Any, values: list[Any], expected: list[Any], required: bool) -> None:
+    rows = schema_of(kind, required=required).records([{"c": value} for value in values])
+    np.testing.assert_equal(columns_by_name(rows)["c"].tolist(), expected)
+    assert rows.unvalidated == (values[0] is NAN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "field"),
+    [
+        *(("boolean", NAN, "c"), ("integer", NAN, "c"), ("long", NAN, "c"), ("binary", NAN, "c"), (OBJECT, NAN, "c")),
+        *((ARRAY, NAN, "c"), ({"type": "array", "items": {"type": "string"}}, ["a", NAN], "c[1]")),
+        *(({"type": "array", "items": {"type": "long"}}, [NAN], "c[0]"), (MAP, {"a": NAN}, "c.a")),
+        *((OBJECT, {"id": NAN}, "c.id"), ({"type": "array", "items": {"type": "binary"}}, [NAN], "c[0]")),
+    ],
+)
+def test_nan_where_null_may_not_stand(kind: Any, value: Any, field: str) -> None:
+    with pytest.raises(InputError, match=r"row 0, .*got number NaN") as caught:
+        parsed_column(kind, value)
+    assert [problem.field for problem in caught.value.problems] == [field]
+
+
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "kind", ["boolean", "long", "float", "double", "string", "binary", "datetime", ARRAY, MAP, {"type": "any"}]
+)
+def test_infinity_is_no_value(kind: Any, infinity: float) -> None:
+    inside = [infinity] if kind == ARRAY else {"a": infinity} if kind == MAP else infinity
+    with pytest.raises(InputError, match=f"number {'-' if infinity < 0 else ''}Infinity"):
+        parsed_column(kind, inside)
+    with pytest.raises(InputError, match="row 0, 'c'"):
+        parsed_column({"type": "any"}, {"a": [infinity]})
+
+
+BINARY = {"type": "binary"}
+
+
+def test_bytes_within_lists_and_objects_are_as_mlflow_gives_them_to_models() -> None:
+    assert parsed_column("binary", "AP8=").tolist() == [b"\0\xff"]
+    assert parsed_column({"type": "array", "items": BINARY}, ["AP8="]).tolist() == [[b"AP8="]]
+    assert parsed_column({"type": "map", "values": BINARY}, {"a": "AP8="}).tolist() == [{"a": "AP8="}]
+    assert parsed_column({"type": "object", "properties": {"b": BINARY}}, {"b": "AP8="}).tolist() == [{"b": "AP8="}]
+
+
+def test_bytes_that_are_bytes_already() -> None:
+    assert parsed_column("binary", b"\xff\0").tolist() == [b"\xff\0"]
+    assert parsed_column({"type": "array", "items": BINARY}, [b"\0\xff"]).tolist() == [[b"\0\xff"]]
+    with pytest.raises(InputError, match=r"'c\[0\]': .*cut off the zeros"):
+        parsed_column({"type": "array", "items": BINARY}, [b"\xff\0"])
+    with pytest.raises(InputError, match="expected string, got bytes"):
+        parsed_column("string", b"x")
 
 
 NESTED = [

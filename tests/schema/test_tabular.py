@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from darwin_runtime.errors import InputError
 from darwin_runtime.schema import tabular
 from darwin_runtime.schema.model_spec import compile_schema
-from tests.support.schemas import AB, ARRAY, NUMBER_DTYPES, schema_of
+from tests.support.schemas import AB, ARRAY, NUMBER_DTYPES, columns_by_name, schema_of
 
 SAME_ROWS = [
     ("records", ([{"b": 0.5, "a": 1, "extra": {}}, {"b": 1.5, "a": 2}],)),
@@ -48,7 +50,10 @@ BAD_SHAPES = [
     ("instances", ([[1, 2], {"a": 1}],), "row 1: expected a list of 2"),
     ("instances", ({"a": [1, 2], "b": [1]},), "'b': expected 2 values"),
     ("instances", ({"a": [], "b": []},), "at least one"),
-    ("instances", ({"a": [1], "b": 2},), "'b': expected a list"),
+    ("instances", ({"a": [1], "b": {"x": 2}},), "'b': expected a list"),
+    ("split", ([None, "b"], [[1, 2]]), "null or NaN is none"),
+    ("split", ([math.nan, "b"], [[1, 2]]), "null or NaN is none"),
+    ("split", (["a", "b"], [1, 2]), "row 0: expected a list of 2"),
     ("instances", ("text",), "list of rows"),
     ("instances", ({},), "missing"),
     ("features", (None,), "object"),
@@ -88,17 +93,21 @@ def test_models_with_type_hints_take_lists_not_tables() -> None:
 
 def test_unnamed_columns_go_by_position() -> None:
     schema = compile_schema([{"type": "long"}, {"type": "string"}])
-    for rows in (
-        schema.split(None, [[1, "x"]]),
-        schema.split(["p", "q", "r"], [[1, "x", None]]),
-        schema.records([{"p": 1, "q": "x"}]),
-        schema.records([{"1": "x", "0": 1}]),
-        schema.instances([[1, "x"]]),
-        schema.features([1, "x"]),
-        schema.features([[1, "x"]]),
-        schema.csv(b"p,q\n1,x\n"),
+    for names, rows in (
+        ([0, 1], schema.split(None, [[1, "x"]])),
+        (["p", "q"], schema.split(["p", "q", "r"], [[1, "x", None]])),
+        ([7, 3], schema.split([7, 3], [[1, "x"]])),
+        (["p", "q"], schema.records([{"p": 1, "q": "x"}])),
+        (["0", "1"], schema.records([{"1": "x", "0": 1}])),
+        ([0, 1], schema.instances([[1, "x"]])),
+        (["p", "q"], schema.instances({"p": [1], "q": ["x"]})),
+        ([0, 1], schema.features([1, "x"])),
+        ([0, 1], schema.features([[1, "x"]])),
+        (["p", "q"], schema.csv(b"p,q\n1,x\n")),
     ):
-        assert {name: values.tolist() for name, values in rows.value.items()} == {0: [1], 1: ["x"]}
+        assert {name: values.tolist() for name, values in rows.value.items()} == dict(
+            zip(names, [[1], ["x"]], strict=True)
+        )
     with pytest.raises(InputError, match="missing"):
         schema.records([{"p": 1}])
 
@@ -115,6 +124,35 @@ def test_one_column_takes_bare_values() -> None:
     assert schema_of(ARRAY).instances([1, 2]).value["c"].tolist() == [[1.0, 2.0]]
     assert schema_of(ARRAY).instances([[1], [2]]).value["c"].tolist() == [[1.0], [2.0]]
     assert schema_of(ARRAY).instances({"c": [1, 2]}).value["c"].tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize("kind", ["long", "double"])
+def test_the_client_s_names_of_a_matrix_without_names(kind: str) -> None:
+    schema = compile_schema([{"type": kind}, {"type": kind}])
+    called = [schema.records([{"w": 1, "h": 2}]), schema.split(["w", "h"], [[1, 2]]), schema.csv(b"w,h\n1,2\n")]
+    for rows in called:
+        expected = pd.DataFrame({"w": [1], "h": [2]}, dtype=NUMBER_DTYPES[kind])
+        pd.testing.assert_frame_equal(rows.for_model(), expected, check_column_type=True)
+    assert len({rows.batch_key for rows in called}) == 1
+    assert called[0].batch_key != schema.split(None, [[1, 2]]).batch_key
+
+
+def test_a_single_value_stands_for_each_row() -> None:
+    schema = compile_schema([{"type": "double", "name": "a"}, {"type": "string", "name": "b"}])
+    rows = schema.instances({"a": [1, None], "b": "x"})
+    assert rows.for_model()["b"].tolist() == ["x", "x"]
+    assert np.isnan(schema.instances({"a": None, "b": ["x", "y"]}).value["a"]).all()
+    with pytest.raises(InputError, match="'b': expected string, got integer 1"):
+        schema.instances({"a": [1, 2], "b": 1})
+    with pytest.raises(InputError, match=r"'b': expected a list.*for 1000001 rows"):
+        schema.instances({"a": [1] * 1_000_001, "b": "x"})
+
+
+def test_the_values_of_a_single_column_need_no_lists() -> None:
+    assert columns_by_name(schema_of("double").split(["c"], [1, 2.5]))["c"].tolist() == [1, 2.5]
+    assert columns_by_name(schema_of("string").split(None, ["a", None]))["c"].tolist() == ["a", None]
+    with pytest.raises(InputError, match="row 1: expected a list of 1"):
+        schema_of("double").split(["c"], [[1], 2])
 
 
 def test_many_names_of_which_one_comes_twice() -> None:

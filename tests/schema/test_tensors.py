@@ -23,6 +23,10 @@ TENSORS = [
     ("instances", tensor_spec("str", -1), ["a", "bc"], ["a", "bc"]),
     ("instances", tensor_spec("bytes", -1), ["ä"], ["ä".encode()]),
     ("instances", tensor_spec("object", -1), ["a", 1], ["a", 1]),
+    ("instances", tensor_spec("object", -1), ["a", math.nan], ["a", math.nan]),
+    ("instances", tensor_spec("float32", -1), [math.nan, None], [math.nan, math.nan]),
+    ("instances", tensor_spec("bytes", -1), [b"\0\xff"], [b"\0\xff"]),
+    ("split", tensor_spec("float64", -1), [1, 2.5], [1, 2.5]),
     ("instances", tensor_spec("float64"), 2, 2.0),
     ("records", tensor_spec("float64", -1, 2), [{"x": 1, "y": 2}, {"x": 3, "y": 4}], [[1, 2], [3, 4]]),
     ("records", tensor_spec("float64", -1, 1), [{"x": 1}], [[1]]),
@@ -34,7 +38,7 @@ TENSORS = [
 
 @pytest.mark.parametrize(("shape", "spec", "value", "expected"), TENSORS)
 def test_tensors(shape: str, spec: dict[str, Any], value: Any, expected: Any) -> None:
-    array = getattr(compile_schema([spec]), shape)(value).value
+    array = getattr(compile_schema([spec]), shape)(*([None, value] if shape == "split" else [value])).value
     assert array.dtype.kind == np.dtype(spec["tensor-spec"]["dtype"]).kind
     assert array.dtype.itemsize == np.dtype(spec["tensor-spec"]["dtype"]).itemsize or array.dtype.kind in "SU"
     np.testing.assert_equal(array.tolist(), expected)
@@ -53,6 +57,13 @@ BAD_TENSORS = [
     (tensor_spec("float32", -1), [True, "x", {}], "boolean.*string.*object"),
     (tensor_spec("str", -1), [1], "expected string"),
     (tensor_spec("bool", -1), [None], "got null"),
+    (tensor_spec("bool", -1), [math.nan], "got number NaN"),
+    (tensor_spec("int64", -1), [1, math.nan], "row 1: expected int64, got number NaN"),
+    (tensor_spec("float64", -1, 2), [[1, math.inf]], r"row 0, '\[1\]': expected float64, got number Infinity"),
+    (tensor_spec("str", -1), ["x", "x\0"], "row 1.*cut off the zeros"),
+    (tensor_spec("bytes", -1), ["x", b"\xff\0"], "row 1.*cut off the zeros"),
+    (tensor_spec("float64", -1, 2, 2), [[[1, 2], [3, 4]], [[1, 2], 3]], "row 1: .*not a list at depth 3"),
+    (tensor_spec("float64", -1, 2, name="x"), [{"x": [1, 2]}, {}], r"row 1, 'x': missing, expected float64 of shape"),
     (tensor_spec("float64", -1, 2, name="x"), [[1, 2, 3]], "'x'"),
     (tensor_spec("float64", -1, 2, name="x"), {"y": [[1, 2]]}, "'x': missing"),
     (tensor_spec("float64", -1, 2, name="x"), "text", "'x'"),
@@ -80,6 +91,21 @@ def test_named_tensors_in_every_shape() -> None:
         assert rows.count == 1
         assert rows.value["image"].tolist() == [image]
         assert rows.value["n"].tolist() == [n]
+
+
+def test_features_without_a_tensor_name_it() -> None:
+    for shape in ([-1], [-1, 2]):
+        with pytest.raises(InputError, match="'x': missing"):
+            compile_schema([tensor_spec("float64", *shape, name="x")]).features({})
+
+
+def test_a_tensor_called_0() -> None:
+    spec = {**tensor_spec("float64", -1, 2), "name": 0}
+    schema = compile_schema([spec])
+    for rows in (schema.instances({"0": [[1, 2]]}), schema.split([0], [[[1, 2]]]), schema.features({"0": [1, 2]})):
+        assert rows.value[0].tolist() == [[1.0, 2.0]]
+        assert schema.sample(rows)["0"].tolist() == [1.0, 2.0]
+    assert schema.inputs[0]["name"] == "0"
 
 
 def test_where_a_bad_cell_is_is_told_in_a_tensor_of_strings() -> None:

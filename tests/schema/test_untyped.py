@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from darwin_runtime.errors import InputError
 from darwin_runtime.schema.model_spec import compile_schema
+from darwin_runtime.schema.untyped import UncheckedSchema
 
 
 def test_without_a_signature_there_is_nothing_to_check() -> None:
@@ -21,6 +24,17 @@ def test_without_a_signature_there_is_nothing_to_check() -> None:
     assert schema.features({"a": 1}).for_model().to_dict("list") == {"a": [1]}
 
 
+def test_inputs_stay_a_list_of_objects_where_instances_become_columns() -> None:
+    schema = UncheckedSchema()
+    rows = schema.inputs_as_sent([{"a": 1, "b": [1, 2]}, {"a": "x"}])
+    assert (rows.count, [{key: part.tolist() for key, part in row.items()} for row in rows.value]) == (
+        2,
+        [{"a": 1, "b": [1, 2]}, {"a": "x"}],
+    )
+    assert schema.inputs_as_sent({"a": [1, 2], "b": 3}).value["b"].tolist() == 3
+    assert schema.inputs_as_sent([1, math.nan]).value.dtype == np.float64
+
+
 @pytest.mark.parametrize(
     ("shape", "arguments"),
     [
@@ -31,6 +45,12 @@ def test_without_a_signature_there_is_nothing_to_check() -> None:
         ("instances", ([[1], [2, 3]],)),
         ("instances", ([],)),
         ("instances", ({},)),
+        ("instances", ({"a": 1},)),
+        ("instances", ({"a": [1], "b": [1, 2]},)),
+        ("instances", ([{"a": 1}, {"b": 1}, {"b": 2}],)),
+        ("instances", ([{"a": 1}, 2],)),
+        ("inputs_as_sent", ([],)),
+        ("inputs_as_sent", ({},)),
         ("csv", (b"",)),
         ("csv", (b"a\n",)),
         ("features", ([],)),

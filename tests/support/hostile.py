@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -358,6 +359,9 @@ VALUES: tuple[Any, ...] = (
         1e308,
         1e39,
         70000.5,
+        math.nan,
+        math.inf,
+        -math.inf,
     ),
     *("", "x", "\0", "é\n\u2028", "x" * 300, "1", "NaN", "2024-02-29", "AA=="),
     *([], {}, [[]], [1], [None], [[1, 2], [3]], {"a": 1}, [{"a": 1}], {"": {}}, [[[[[[[[1]]]]]]]]),
