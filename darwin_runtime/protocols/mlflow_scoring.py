@@ -166,5 +166,6 @@ def _is_of_shape(problem: Problem) -> bool:
         return "." not in problem.field  # a property of an object is a part of a value
     if problem.actual == "object":
         return "each column" in problem.expected
-    whole = problem.row is None or not problem.field or (problem.field.startswith("[") and problem.actual == "array")
+    whole = problem.row is None or not problem.field or "not a list at depth" in problem.message
+    whole = whole or (problem.field.startswith("[") and problem.actual == "array")
     return whole and problem.actual not in ("string", "null") and not _RAGGED.search(problem.message)
