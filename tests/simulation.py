@@ -1,17 +1,21 @@
 """The cache under everything at once, a step at a time: downloads, restarts, pods that come, go and are killed, several
-cleanups, time passing, clocks that are wrong, files that rot.
+cleanups, time passing, clocks that are wrong, files that rot, an MLflow that is down, pods whose UID on their node is
+not the API server's, and models of one name and version in several workspaces and at several endpoints.
 
     python -m tests.simulation --seed 1 --steps 10000 [--no-locks] [--without veto]
 
 What runs is the real code on a real directory. Each actor is a thread that stops before everything it does to the disk
 (Python's audit events tell) and before and after it lists pods; a seeded scheduler says who goes on. Killed is who is
 never told to go on again. Time passes by making all files older. After each step: every entry that a live pod was told
-is there, is there, and whole. At the end: without pods, and with time, nothing is left.
+is there, is there, and whole, with the bytes of the pod's own workspace. While nobody acts: only a pod that may use any
+entry keeps all. At the end: without pods, and with time, nothing is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 import json
 import logging
 import os
@@ -22,8 +26,10 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +37,35 @@ import yaml  # noqa: F401 - or who is stopped while importing it stops all other
 
 import cleanup
 import download
-from darwin_runtime.errors import RoleError
+from darwin_runtime.errors import RoleError, StoreUnreachable
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import attempts, disk, locks, references, transfer
+from darwin_runtime.storage import attempts, disk, locks, references, transfer, usage
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage.artifacts import RemoteFile, Source
 from darwin_runtime.storage.attempts import Deadline
-from darwin_runtime.storage.cache import DAY, Cache
+from darwin_runtime.storage.cache import DAY, Cache, Lease
 from darwin_runtime.storage.single_flight import ensure_entry
 from darwin_runtime.storage.usage import InUse
+from tests.storage.test_usage import DOWNLOAD
 from tests.support.apiserver import pod
 from tests.support.killing import paths_within
 
-MODELS = ("m1", "m2", "m3")
-PODS = ("a", "b", "c", "d")
+# Each with its name, which is its version's too, and with what tells it from its namesakes.
+MODELS: dict[str, tuple[str, Mapping[str, str]]] = {
+    "m1": ("m1", {}),
+    "m1 of team-a": ("m1", {"workspace": "team-a"}),
+    "m2": ("m2", {}),
+    "m2 elsewhere": ("m2", {"endpoint": "http://elsewhere:5000"}),
+}
+# Each with the UIDs that it may see: its own, those of another cluster, or none.
+PODS = {"a": ("own",), "b": ("foreign",), "c": ("none",), "d": ("own", "foreign", "foreign")}
 CLEANUPS = ("cleanup-1", "cleanup-2")
+# They mount another directory of the volume, or hang.
+BYSTANDERS = ("another-app", "cleanup-0")
+# It mounts the whole volume, and uses an entry without naming it.
+NOTEBOOK = "notebook"
+# A pod that was deleted by force goes on for less than an hour, while another has its name.
+GHOST = "ghost"
 
 _SEEN = {
     *("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.utime", "os.chmod", "os.truncate"),
@@ -60,7 +80,9 @@ class Dead(BaseException):
 
 
 def content(model: str) -> dict[str, bytes]:
-    return {"MLmodel": model.encode(), "deep/weights": model.encode() * 100}
+    """As many bytes as those of any other model."""
+    body = model.ljust(12).encode()
+    return {"MLmodel": body, "deep/weights": body * 100}
 
 
 class Store:
@@ -80,13 +102,31 @@ class Store:
         Path(local).write_bytes(self.files[path])
 
 
+def uri_of(model: str) -> str:
+    return f"models:/{MODELS[model][0]}/1"
+
+
 def source(model: str) -> Source:
-    return Source(
-        f"models:/{model}/1", {"name": model, "version": "1"}, [("MLmodel", 2), ("deep/", None)], Store(model)
-    )
+    name, place = MODELS[model]
+    identity = {"name": name, "version": "1", **place}
+    return Source(uri_of(model), identity, [("MLmodel", 12), ("deep/", None)], Store(model))
+
+
+def place_of(model: str) -> Any:
+    """What a pod's environment says of where the model's bytes come from, as references keep it."""
+    return json.dumps(MODELS[model][1])
 
 
 KEYS = {model: cache_module.make_key(source(model).identity, source(model).listing) for model in MODELS}
+
+
+@dataclass
+class Pod:
+    """A pod as Kubernetes knows it; `seen` is the UID that it sees itself: its own, another one, or none."""
+
+    phase: str
+    uid: str
+    seen: str
 
 
 class Actor(threading.Thread):
@@ -135,8 +175,10 @@ class World:
         self.back = threading.Semaphore(0)
         self.actors: list[Actor] = []
         self.graves: list[Actor] = []
-        self.pods: dict[str, str] = {}  # what Kubernetes knows: phase by name
-        self.serving: dict[str, str] = {}  # what a live pod was told is there: model by pod
+        self.pods: dict[str, Pod] = {}  # what Kubernetes knows, by name
+        self.others: set[str] = set()  # what else it knows: bystanders, and the notebook
+        self.serving: dict[str, tuple[str, str]] = {}  # what a live pod was told is there: model and key by pod
+        self.down = False  # whether MLflow is
         self.steps = 0
         self.last: Actor | None = None
         self.counts: Counter[str] = Counter()
@@ -144,13 +186,18 @@ class World:
 
     # What the actors do
 
-    def start_pod(self, name: str, models: Sequence[str]) -> None:
+    def start_pod(self, name: str, models: Sequence[str], *, anew: bool = True) -> None:
+        """A pod that comes, perhaps in the place of one of its name; or the same pod once more."""
         self.serving.pop(name, None)
         model = self.chance.choice(models)
+        if anew or name not in self.pods or self.pods[name].phase == "Succeeded":
+            own, foreign = (str(uuid.UUID(int=self.chance.getrandbits(128))) for _ in range(2))
+            seen = {"own": own, "foreign": foreign, "none": ""}[self.chance.choice(PODS[name])]
+            self.pods[name] = Pod("Pending", own, seen)
         settings = download.Settings.from_env(
             Reader(
                 {
-                    "MODEL_URI": f"models:/{model}/1",
+                    "MODEL_URI": uri_of(model),
                     "MLFLOW_TRACKING_URI": "http://mlflow:5000",
                     "STORAGE_STRATEGY": "pvc",
                     "CACHE_PATH": str(self.root),
@@ -159,25 +206,39 @@ class World:
                 }
             )
         )
+        this = self.pods[name]
+        settings = replace(settings, uid=this.seen)
 
         def act() -> None:
             while True:
                 try:
-                    key = ensure_entry(self.cache, source(model), settings.claim, settings.retry, Deadline(1e9))
-                    references.set_ref(self.cache, settings.tracking_uri, settings.model_uri, key)
+                    key = self.obtain(model, settings)
                     self.cache.touch(key)
                     references.set_alias(self.cache, references.make_alias(name, model), key)
                 except (OSError, RoleError):
-                    # What it relied on was taken for the dead's. Kubernetes starts it again.
+                    # What it relied on was taken for the dead's, or MLflow is down. Kubernetes starts it again.
                     self.counts["failed downloads"] += 1
+                    time.sleep(1)
                 else:
                     break
-            self.serving[name] = model
-            self.counts["downloads done"] += 1
+            if self.pods.get(name) is this:
+                self.serving[name] = model, key
+                self.counts["downloads done"] += 1
 
-        self.pods[name] = "Pending"
+        this.phase = "Pending"
         self.add(Actor(self, name, act))
         self.last = self.actors[-1]
+
+    def obtain(self, model: str, settings: download.Settings) -> str:
+        """As `download.through_cache` does it, once the cache is prepared."""
+        known = references.find_ref(self.cache, place_of(model), settings.model_uri)
+        if self.down:
+            key = download._last_known(self.cache, settings, known, StoreUnreachable("down"))
+            self.counts["fallbacks"] += 1
+        else:
+            key = ensure_entry(self.cache, source(model), settings.claim, settings.retry, Deadline(1e9))
+            references.set_ref(self.cache, place_of(model), settings.model_uri, key)
+        return key
 
     def start_cleanup(self, name: str) -> None:
         settings = cleanup.Settings.from_env(
@@ -208,12 +269,31 @@ class World:
 
     def list_pods(self, _namespace: str) -> list[dict[str, Any]]:
         """In the API server's place."""
-        actor: Actor = self.local.actor
+        actor: Actor | None = getattr(self.local, "actor", None)
+        if actor is None:
+            return list(self.manifests())
         self.note(actor, "lists pods")
         actor.stop()
-        found = [pod(name, phase=phase) for name, phase in self.pods.items()]
+        found = list(self.manifests())
         actor.stop()
         return found
+
+    def manifests(self) -> Iterator[dict[str, Any]]:
+        """All pods; they mount the directory `cache` of one volume as the cache, or another one, or all of it."""
+        for name in (*self.pods, *CLEANUPS, *sorted(self.others)):
+            found = pod(name, claim="models", mount_path=str(self.root))
+            initial, main = found["spec"]["initContainers"], found["spec"]["containers"]
+            inside = {NOTEBOOK: "", "another-app": "another-app"}.get(name, "cache")
+            for mount in (*initial[0]["volumeMounts"], *main[0]["volumeMounts"]):
+                mount["subPath"] = inside
+            if known := self.pods.get(name):
+                found["metadata"]["uid"], found["status"]["phase"] = known.uid, known.phase
+                initial[0] |= copy.deepcopy(DOWNLOAD)
+            else:
+                initial.clear()
+            if name.startswith("cleanup"):
+                main[0]["command"] = ["python", "/app/cleanup.py"]
+            yield found
 
     # Who goes on
 
@@ -261,11 +341,16 @@ class World:
         elif chance < 0.005:
             self.rot()
         elif chance < 0.02:
-            self.pass_time(self.chance.choice([1, 40, 3600]))
+            seconds = self.chance.choice([1, 40, 3600])
+            for actor in [actor for actor in self.actors if actor.name.startswith(GHOST) and seconds == 3600]:
+                self.kill(actor)
+            self.pass_time(seconds)
         elif chance < 0.035 and (free := [name for name in CLEANUPS if name not in busy]):
             self.start_cleanup(self.chance.choice(free))
         elif chance < 0.04 and self.actors:
             self.kill(self.chance.choice(self.actors))
+        elif chance < 0.07:
+            self.change_surroundings()
         elif self.actors:
             # Mostly who went on last: else all are half-way all the time, and none has ever gone far while another
             # stood still.
@@ -273,8 +358,24 @@ class World:
                 self.last = self.chance.choice(self.actors)
             self.go_on(self.last)
         else:
-            self.start_pod(self.chance.choice(PODS), MODELS)
+            self.be_quiet()
+            self.start_pod(self.chance.choice([*PODS]), tuple(MODELS))
         self.check()
+
+    def be_quiet(self) -> None:
+        """What only happens while nobody acts."""
+        used = self.check_usage()
+        # After a day, the UIDs of predecessors count no more.
+        if self.chance.random() < 0.6:
+            self.pass_time(2 * DAY)
+        # A notebook does as no cleanup knows, so its entry must be there before one looks.
+        free = [model for model, key in KEYS.items() if key not in used.keys and self.cache.has(key)]
+        whole = [model for model in free if not self.cache.damage(KEYS[model])]
+        if whole and self.chance.random() < 0.3:
+            model = self.chance.choice(whole)
+            self.others.add(NOTEBOOK)
+            self.serving[NOTEBOOK] = model, KEYS[model]
+            self.counts["notebooks"] += 1
 
     def announced(self) -> list[str]:
         """The models that are about to be removed."""
@@ -301,23 +402,45 @@ class World:
         self.graves.append(actor)
         if actor.name in PODS:
             if self.chance.random() < 0.5:
-                self.start_pod(actor.name, MODELS)
+                self.start_pod(actor.name, tuple(MODELS), anew=False)
             else:
                 del self.pods[actor.name]
 
     def change_pods(self, busy: set[str], wanted: Sequence[str]) -> None:
         """Pods that start want one of the models that are `wanted`, if any are."""
-        name = self.chance.choice(PODS)
+        name = self.chance.choice([*PODS])
         if name in busy:
             return
         if name not in self.serving or self.chance.random() < 0.5:
-            self.start_pod(name, wanted or MODELS)
+            self.start_pod(name, wanted or tuple(MODELS), anew=self.chance.random() < 0.5)
             return
         del self.serving[name]
         if self.chance.random() < 0.5:
-            self.pods[name] = "Succeeded"
+            self.pods[name].phase = "Succeeded"
         else:
             del self.pods[name]
+
+    def change_surroundings(self) -> None:
+        """Something changes that no pod of ours has a hand in."""
+        what = self.chance.choice(["mlflow", "phases", "bystanders", GHOST, NOTEBOOK])
+        if what == "mlflow":
+            self.down = not self.down and self.chance.random() < 0.5
+        elif what == "phases":
+            # It takes a while until Kubernetes knows that a pod runs.
+            for name in self.pods.keys() & self.serving.keys():
+                self.pods[name].phase = "Running"
+        elif what == "bystanders":
+            self.others ^= {self.chance.choice(BYSTANDERS)}
+        elif what == GHOST:
+            # One that sees no UID would replace the lease of its successor; one that sees its own, never counts for it.
+            foreign = {name for name, known in self.pods.items() if known.seen not in ("", known.uid)}
+            for actor in [actor for actor in self.actors if actor.name in foreign][:1]:
+                name, actor.name = actor.name, f"{GHOST} {actor.name}"
+                self.start_pod(name, tuple(MODELS))
+                self.counts["ghosts"] += 1
+        else:
+            self.others.discard(NOTEBOOK)
+            self.serving.pop(NOTEBOOK, None)
 
     def pass_time(self, seconds: float) -> bool:
         """Make everything older; not while someone compares times, for whom none would pass in a moment."""
@@ -332,7 +455,7 @@ class World:
 
     def rot(self) -> None:
         """A file that no pod relies on is damaged."""
-        leased = {lease.key for lease in self.cache.leases()}
+        leased = {lease.key for lease in self.cache.leases()} | {key for _, key in self.serving.values()}
         for key in self.chance.sample(list(KEYS.values()), len(KEYS)):
             path = self.root / key / "model" / "MLmodel"
             if key not in leased and path.exists():
@@ -341,18 +464,32 @@ class World:
                 return
 
     def check(self) -> None:
-        for name, model in self.serving.items():
+        for name, (model, key) in self.serving.items():
             for path, body in content(model).items():
-                there = self.root / KEYS[model] / "model" / path
+                there = self.root / key / "model" / path
                 found = there.read_bytes() if there.exists() else None
+                assert found is None or len(found) != len(body) or found == body, f"{name} has another's {path}"
                 assert found == body, f"{path} of {model}, which {name} uses, is not whole"
+
+    def check_usage(self) -> InUse:
+        """Each pod that serves is known to use its own entry, and only the notebook may use any."""
+        settings = cleanup.Settings.from_env(Reader({"CACHE_PATH": str(self.root), "POD_NAME": CLEANUPS[0]}))
+        used = cleanup.UsageListing(self.cache, settings, self)()  # type: ignore[arg-type]
+        for name, (model, key) in self.serving.items():
+            assert name == NOTEBOOK or name in used.keys.get(key, ()), f"{name} is not known to use {model}"
+        assert used.unmatched.keys() <= {NOTEBOOK}, f"every entry is kept by {[*used.unmatched]}"
+        self.counts["looks"] += 1
+        return used
 
     def end(self) -> None:
         """All pods go, all that is at work ends; then nothing is left after some days of cleaning."""
+        self.down = False
         while self.actors:
             self.go_on(self.chance.choice(self.actors))
             self.check()
+        self.check_usage()
         self.pods.clear()
+        self.others -= {NOTEBOOK}
         self.serving.clear()
         for _ in range(3):
             assert self.pass_time(3 * DAY)
@@ -447,13 +584,28 @@ def _drop_all(cache: Cache, lease: cache_module.Lease) -> None:
         path.unlink(missing_ok=True)
 
 
+def _by_uid_alone(pods: Sequence[Any], leases: Sequence[Lease]) -> Iterator[tuple[Any, set[Lease]]]:
+    for one in filter(usage._lives, pods):
+        mine = {one["metadata"]["uid"], one["metadata"]["name"]}
+        yield one, {lease for lease in leases if (lease.uid or lease.pod) in mine}
+
+
+def _ref_without_place(cache: Cache, _place: Any, model_uri: str) -> Path:
+    return cache.root / ".refs" / f"{hashlib.sha256(model_uri.encode()).hexdigest()}.json"
+
+
 _execute = cleanup.execute
 
-# What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model.
+# What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model, gets
+# another's, or nothing is ever cleaned.
 WITHOUT: dict[str, tuple[Any, str, Any]] = {
     "veto": (Cache, "veto_removals", lambda cache, key, found: cache.fingerprint(key) == found),
     "listing-after-announcing": (cleanup, "execute", _list_no_more),
     "lease-names": (Cache, "drop_lease", _drop_all),
+    "names": (usage, "_holders", _by_uid_alone),
+    "mounts": (usage, "_volume_of_any", lambda *_: None),
+    "place": (references, "_ref", _ref_without_place),
+    "a-day-between": (usage, "ABANDONED_SECONDS", 0.0),
 }
 
 
