@@ -1,17 +1,23 @@
 """The cache under everything at once, a step at a time: downloads, restarts, pods that come, go and are killed, several
-cleanups, time passing, clocks that are wrong, files that rot.
+cleanups, time passing, clocks that are wrong, files that rot, an MLflow that is down, pods whose UID on their node is
+not the API server's, models of one name and version in several workspaces and at several endpoints, and rollouts, whose
+pods ask for an alias that moves.
 
     python -m tests.simulation --seed 1 --steps 10000 [--no-locks] [--without veto]
 
 What runs is the real code on a real directory. Each actor is a thread that stops before everything it does to the disk
 (Python's audit events tell) and before and after it lists pods; a seeded scheduler says who goes on. Killed is who is
 never told to go on again. Time passes by making all files older. After each step: every entry that a live pod was told
-is there, is there, and whole. At the end: without pods, and with time, nothing is left.
+is there, is there, and whole, with the bytes of the pod's own workspace. The pods of a rollout serve one version, as do
+those that come within the TTL of the cleanups. While nobody acts: only a pod that may use any entry keeps all. At the
+end: without pods, and with time, nothing is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 import json
 import logging
 import os
@@ -22,30 +28,64 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml  # noqa: F401 - or who is stopped while importing it stops all others
 
 import cleanup
 import download
-from darwin_runtime.errors import RoleError
+from darwin_runtime.errors import RoleError, StoreUnreachable
 from darwin_runtime.settings import Reader
-from darwin_runtime.storage import attempts, disk, locks, references, transfer
+from darwin_runtime.storage import (
+    access,
+    attempts,
+    cached_model,
+    disk,
+    locks,
+    pins,
+    references,
+    resolve,
+    transfer,
+    usage,
+)
 from darwin_runtime.storage import cache as cache_module
 from darwin_runtime.storage.artifacts import RemoteFile, Source
 from darwin_runtime.storage.attempts import Deadline
-from darwin_runtime.storage.cache import DAY, Cache
-from darwin_runtime.storage.single_flight import ensure_entry
+from darwin_runtime.storage.cache import DAY, Cache, Lease
+from darwin_runtime.storage.pins import Pin
 from darwin_runtime.storage.usage import InUse
+from tests.storage.test_usage import DOWNLOAD
 from tests.support.apiserver import pod
 from tests.support.killing import paths_within
 
-MODELS = ("m1", "m2", "m3")
-PODS = ("a", "b", "c", "d")
+# Each with its name and version, and with what tells it from its namesakes.
+MODELS: dict[str, tuple[str, str, Mapping[str, str]]] = {
+    "m1": ("m1", "1", {}),
+    "m1 of team-a": ("m1", "1", {"workspace": "team-a"}),
+    "m2": ("m2", "1", {}),
+    "m2 elsewhere": ("m2", "1", {"endpoint": "http://elsewhere:5000"}),
+    "m2 anew": ("m2", "2", {}),
+}
+# The pods of rollouts ask for it.
+ALIAS = "models:/m2@champion"
+VERSIONS = ("m2", "m2 anew")
+# So many hashes of pod templates come back, as `kubectl rollout undo` brings them back.
+ROLLOUTS = 2
+# Each with the UIDs that it may see: its own, those of another cluster, or none.
+PODS = {"a": ("own",), "b": ("foreign",), "c": ("none",), "d": ("own", "foreign", "foreign")}
 CLEANUPS = ("cleanup-1", "cleanup-2")
+# They mount another directory of the volume, or hang.
+BYSTANDERS = ("another-app", "cleanup-0")
+# It mounts the whole volume, and uses an entry without naming it.
+NOTEBOOK = "notebook"
+# A pod that was deleted by force goes on for less than an hour, while another has its name.
+GHOST = "ghost"
 
 _SEEN = {
     *("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.utime", "os.chmod", "os.truncate"),
@@ -60,7 +100,9 @@ class Dead(BaseException):
 
 
 def content(model: str) -> dict[str, bytes]:
-    return {"MLmodel": model.encode(), "deep/weights": model.encode() * 100}
+    """As many bytes as those of any other model."""
+    body = model.ljust(12).encode()
+    return {"MLmodel": body, "deep/weights": body * 100}
 
 
 class Store:
@@ -80,13 +122,28 @@ class Store:
         Path(local).write_bytes(self.files[path])
 
 
+def uri_of(model: str) -> str:
+    name, version, _ = MODELS[model]
+    return f"models:/{name}/{version}"
+
+
 def source(model: str) -> Source:
-    return Source(
-        f"models:/{model}/1", {"name": model, "version": "1"}, [("MLmodel", 2), ("deep/", None)], Store(model)
-    )
+    name, version, place = MODELS[model]
+    identity = {"name": name, "version": version, **place}
+    return Source(uri_of(model), identity, [("MLmodel", 12), ("deep/", None)], Store(model))
 
 
 KEYS = {model: cache_module.make_key(source(model).identity, source(model).listing) for model in MODELS}
+
+
+@dataclass
+class Pod:
+    """A pod as Kubernetes knows it; `seen` is the UID that it sees itself: its own, another one, or none."""
+
+    phase: str
+    uid: str
+    seen: str
+    rollout: str
 
 
 class Actor(threading.Thread):
@@ -99,6 +156,8 @@ class Actor(threading.Thread):
         self.go = threading.Semaphore(0)
         self.asleep = 0.0
         self.reading_clock = 0
+        self.preparing = False
+        self.place: Mapping[str, str] = {}
         self.over = False
         self.killed = False
         self.error = ""
@@ -135,8 +194,16 @@ class World:
         self.back = threading.Semaphore(0)
         self.actors: list[Actor] = []
         self.graves: list[Actor] = []
-        self.pods: dict[str, str] = {}  # what Kubernetes knows: phase by name
-        self.serving: dict[str, str] = {}  # what a live pod was told is there: model by pod
+        self.pods: dict[str, Pod] = {}  # what Kubernetes knows, by name
+        self.others: set[str] = set()  # what else it knows: bystanders, and the notebook
+        self.serving: dict[str, tuple[str, str]] = {}  # what a live pod was told is there: model and key by pod
+        self.down = False  # whether MLflow is
+        self.champion = VERSIONS[0]  # what the alias means
+        self.passed = 0.0  # by which all files were made older
+        self.rollouts = [f"r{number}" for number in range(ROLLOUTS)]
+        self.pinned: dict[str, str] = {}  # what a rollout has to serve
+        self.used: dict[str, float] = {}  # when each rollout's pin was surely known to be in use
+        self.ttl: dict[str, float] = {}  # of the cleanups, in seconds
         self.steps = 0
         self.last: Actor | None = None
         self.counts: Counter[str] = Counter()
@@ -144,13 +211,21 @@ class World:
 
     # What the actors do
 
-    def start_pod(self, name: str, models: Sequence[str]) -> None:
+    def start_pod(self, name: str, models: Sequence[str], *, anew: bool = True) -> None:
+        """A pod that comes, perhaps in the place of one of its name; or the same pod once more."""
         self.serving.pop(name, None)
-        model = self.chance.choice(models)
+        wanted = self.chance.choice(models)
+        if anew or name not in self.pods or self.pods[name].phase == "Succeeded":
+            own, foreign = (str(uuid.UUID(int=self.chance.getrandbits(128))) for _ in range(2))
+            seen = {"own": own, "foreign": foreign, "none": ""}[self.chance.choice(PODS[name])]
+            self.pods[name] = Pod("Pending", own, seen, "" if wanted in MODELS else wanted)
+        this = self.pods[name]
+        # The same pod once more may ask for another model, but stays in its rollout.
+        model = "" if this.rollout else wanted if wanted in MODELS else self.chance.choice([*MODELS])
         settings = download.Settings.from_env(
             Reader(
                 {
-                    "MODEL_URI": f"models:/{model}/1",
+                    "MODEL_URI": uri_of(model) if model else ALIAS,
                     "MLFLOW_TRACKING_URI": "http://mlflow:5000",
                     "STORAGE_STRATEGY": "pvc",
                     "CACHE_PATH": str(self.root),
@@ -159,25 +234,50 @@ class World:
                 }
             )
         )
+        settings = replace(settings, uid=this.seen, rollout=this.rollout)
 
         def act() -> None:
             while True:
+                began = self.now()
                 try:
-                    key = ensure_entry(self.cache, source(model), settings.claim, settings.retry, Deadline(1e9))
-                    references.set_ref(self.cache, {}, settings.model_uri, key)
-                    self.cache.touch(key)
-                    references.set_alias(self.cache, references.make_alias(name, model), key)
+                    found = cached_model.find(self.cache, settings.wanted(Deadline(1e9)))
+                    self.cache.touch(found.key)
+                    alias = references.make_alias(name, settings.model_uri)
+                    references.set_alias(self.cache, alias, found.key)
                 except (OSError, RoleError):
-                    # What it relied on was taken for the dead's. Kubernetes starts it again.
+                    # What it relied on was taken for the dead's, or MLflow is down. Kubernetes starts it again.
                     self.counts["failed downloads"] += 1
+                    time.sleep(1)
                 else:
                     break
-            self.serving[name] = model
-            self.counts["downloads done"] += 1
+            if self.pods.get(name) is this:
+                self.serving[name] = model or next(one for one in VERSIONS if KEYS[one] == found.key), found.key
+                self.counts["downloads done"] += 1
+                self.counts["fallbacks"] += found.fallback
+                if this.rollout:
+                    self.used[this.rollout] = began
 
-        self.pods[name] = "Pending"
+        this.phase = "Pending"
         self.add(Actor(self, name, act))
         self.last = self.actors[-1]
+        self.last.place = MODELS[model][2] if model else {}
+
+    def resolve(self, _seconds: float, uri: str, _policy: object) -> Source:
+        """In MLflow's place."""
+        if self.down:
+            raise StoreUnreachable("down")
+        if uri == ALIAS:
+            self.counts["resolved"] += 1
+            found = replace(source(self.champion), uri=uri)
+            # It moves most where that shows.
+            self.champion = self.chance.choice(VERSIONS)
+            return found
+        place = self.local.actor.place
+        [model] = [one for one, (_, _, its) in MODELS.items() if uri_of(one) == uri and its == place]
+        return source(model)
+
+    def now(self) -> float:
+        return self.passed + _real_time()
 
     def start_cleanup(self, name: str) -> None:
         settings = cleanup.Settings.from_env(
@@ -186,34 +286,73 @@ class World:
                     "CACHE_PATH": str(self.root),
                     "POD_NAME": name,
                     "NAMESPACE": "default",
-                    "TTL_DAYS": self.chance.choice(["0", "0", "0.01"]),
+                    "TTL_DAYS": self.chance.choice(["0", "0", "0.01", "0.05"]),
                     "GRACE_SECONDS": self.chance.choice(["0", "60"]),
                     "MAX_SIZE_GB": self.chance.choice(["0", "0.0000003"]),
                 }
             )
         )
 
+        # Each half at times alone, or few would get to the pins.
+        halves = self.chance.choice([(self.clean_entries,), (self.drop_pins,), (self.clean_entries, self.drop_pins)])
+
         def act() -> None:
             listing = cleanup.UsageListing(self.cache, settings, self)  # type: ignore[arg-type]
-            used = listing()
-            entries, _ = self.cache.entries(self.cache.now())
-            decisions = cleanup.plan(entries, used, settings)
-            cleanup.tidy(self.cache, listing, used)
-            done = cleanup.execute(decisions, self.cache, settings, listing)
-            references.drop_dangling(self.cache, DAY)
-            self.counts.update({f"entries {name}": done[name] for name in ("removed", "spared", "restored")})
+            for half in halves:
+                half(settings, listing)
             self.counts["cleanups done"] += 1
 
+        self.ttl[name] = settings.ttl_days * DAY
         self.add(Actor(self, name, act))
+
+    def clean_entries(self, settings: cleanup.Settings, listing: cleanup.UsageListing) -> None:
+        used = listing()
+        entries, _ = self.cache.entries(self.cache.now())
+        decisions = cleanup.plan(entries, used, settings)
+        cleanup.tidy(self.cache, listing, used)
+        done = cleanup.execute(decisions, self.cache, settings, listing)
+        references.drop_dangling(self.cache, DAY)
+        self.counts.update({f"entries {name}": done[name] for name in ("removed", "spared", "restored")})
+
+    def drop_pins(self, settings: cleanup.Settings, listing: cleanup.UsageListing) -> None:
+        began, before = self.now(), dict(self.pods)
+        known = pins.find(self.cache)
+        if known is None:
+            return
+        wait = partial(time.sleep, settings.grace_seconds)
+        self.counts["pins dropped"] += pins.drop_unused(known, settings.ttl_days * DAY, listing.rollouts, wait)
+        # The pods of these were listed meanwhile.
+        for rollout in {one.rollout for name, one in before.items() if self.pods.get(name) is one} - {""}:
+            self.used[rollout] = max(began, self.used.get(rollout, 0.0))
 
     def list_pods(self, _namespace: str) -> list[dict[str, Any]]:
         """In the API server's place."""
-        actor: Actor = self.local.actor
+        actor: Actor | None = getattr(self.local, "actor", None)
+        if actor is None:
+            return list(self.manifests())
         self.note(actor, "lists pods")
         actor.stop()
-        found = [pod(name, phase=phase) for name, phase in self.pods.items()]
+        found = list(self.manifests())
         actor.stop()
         return found
+
+    def manifests(self) -> Iterator[dict[str, Any]]:
+        """All pods; they mount the directory `cache` of one volume as the cache, or another one, or all of it."""
+        for name in (*self.pods, *CLEANUPS, *sorted(self.others)):
+            found = pod(name, claim="models", mount_path=str(self.root))
+            initial, main = found["spec"]["initContainers"], found["spec"]["containers"]
+            inside = {NOTEBOOK: "", "another-app": "another-app"}.get(name, "cache")
+            for mount in (*initial[0]["volumeMounts"], *main[0]["volumeMounts"]):
+                mount["subPath"] = inside
+            if known := self.pods.get(name):
+                found["metadata"]["uid"], found["status"]["phase"] = known.uid, known.phase
+                initial[0] |= copy.deepcopy(DOWNLOAD)
+                found["metadata"]["labels"] = {"pod-template-hash": known.rollout} if known.rollout else {}
+            else:
+                initial.clear()
+            if name.startswith("cleanup"):
+                main[0]["command"] = ["python", "/app/cleanup.py"]
+            yield found
 
     # Who goes on
 
@@ -223,7 +362,7 @@ class World:
 
     def hook(self, event: str, args: tuple[Any, ...]) -> None:
         actor: Actor | None = getattr(self.local, "actor", None)
-        if actor is None or event not in _SEEN:
+        if actor is None or actor.preparing or event not in _SEEN:
             return
         # What is not in the cache is an import.
         if paths := paths_within(event, args, (str(self.root),)):
@@ -255,17 +394,23 @@ class World:
         heat = 2 if busy.intersection(CLEANUPS) else 1
         if announced:
             critical = self.last and "/.trash" in self.last.next and self.last.next.startswith(("os.ren", "os.list"))
-            heat = 15 if critical else 5
+            # Of pins there are few, and two more pods have to come for one that is lost to show.
+            heat = (50 if "/.pins/.trash" in self.last.next else 15) if self.last and critical else 5
         if self.chance.random() < 0.01 * heat:
             self.change_pods(busy, announced)
         elif chance < 0.005:
             self.rot()
         elif chance < 0.02:
-            self.pass_time(self.chance.choice([1, 40, 3600]))
+            seconds = self.chance.choice([1, 40, 3600])
+            for actor in [actor for actor in self.actors if actor.name.startswith(GHOST) and seconds == 3600]:
+                self.kill(actor)
+            self.pass_time(seconds)
         elif chance < 0.035 and (free := [name for name in CLEANUPS if name not in busy]):
             self.start_cleanup(self.chance.choice(free))
         elif chance < 0.04 and self.actors:
             self.kill(self.chance.choice(self.actors))
+        elif chance < 0.07:
+            self.change_surroundings()
         elif self.actors:
             # Mostly who went on last: else all are half-way all the time, and none has ever gone far while another
             # stood still.
@@ -273,13 +418,32 @@ class World:
                 self.last = self.chance.choice(self.actors)
             self.go_on(self.last)
         else:
-            self.start_pod(self.chance.choice(PODS), MODELS)
+            self.be_quiet()
+            self.start_pod(self.chance.choice([*PODS]), (*MODELS, *self.rollouts * 3))
         self.check()
 
+    def be_quiet(self) -> None:
+        """What only happens while nobody acts."""
+        used = self.check_usage()
+        # After a day, the UIDs of predecessors count no more.
+        if self.chance.random() < 0.6:
+            self.pass_time(2 * DAY)
+        # A notebook does as no cleanup knows, so its entry must be there before one looks.
+        free = [model for model, key in KEYS.items() if key not in used.keys and self.cache.has(key)]
+        whole = [model for model in free if not self.cache.damage(KEYS[model])]
+        if whole and self.chance.random() < 0.3:
+            model = self.chance.choice(whole)
+            self.others.add(NOTEBOOK)
+            self.serving[NOTEBOOK] = model, KEYS[model]
+            self.counts["notebooks"] += 1
+
     def announced(self) -> list[str]:
-        """The models that are about to be removed."""
-        plans = "".join(name for name in os.listdir(self.root / ".trash") if name.endswith(".planned"))
-        return [model for model, key in KEYS.items() if key in plans]
+        """The models, and the rollouts whose pins, are about to be removed."""
+        trash = (self.root / ".trash", self.root / ".pins" / ".trash")
+        plans = [name for path in trash if path.is_dir() for name in os.listdir(path) if name.endswith(".planned")]
+        names = {key: model for model, key in KEYS.items()}
+        names |= {pins.name({}, ALIAS, rollout): rollout for rollout in self.rollouts}
+        return [names[key] for key in {plan.partition(".")[0] for plan in sorted(plans)} if key in names]
 
     def go_on(self, actor: Actor) -> None:
         if actor.asleep:
@@ -301,28 +465,69 @@ class World:
         self.graves.append(actor)
         if actor.name in PODS:
             if self.chance.random() < 0.5:
-                self.start_pod(actor.name, MODELS)
+                self.start_pod(actor.name, tuple(MODELS), anew=False)
             else:
                 del self.pods[actor.name]
 
     def change_pods(self, busy: set[str], wanted: Sequence[str]) -> None:
         """Pods that start want one of the models that are `wanted`, if any are."""
-        name = self.chance.choice(PODS)
+        name = self.chance.choice([*PODS])
         if name in busy:
             return
         if name not in self.serving or self.chance.random() < 0.5:
-            self.start_pod(name, wanted or MODELS)
+            siblings = [self.pods[one].rollout for one in self.serving if one in self.pods and self.pods[one].rollout]
+            others = (*MODELS, *self.rollouts, *siblings * 4)
+            self.start_pod(name, wanted or others, anew=bool(wanted) or self.chance.random() < 0.7)
             return
         del self.serving[name]
         if self.chance.random() < 0.5:
-            self.pods[name] = "Succeeded"
+            self.pods[name].phase = "Succeeded"
         else:
             del self.pods[name]
+
+    def change_surroundings(self) -> None:
+        """Something changes that no pod of ours has a hand in."""
+        what = self.chance.choice(["mlflow", "alias", "rollout", "rollout", "phases", "bystanders", GHOST, NOTEBOOK])
+        if what == "mlflow":
+            self.down = not self.down and self.chance.random() < 0.5
+        elif what == "alias":
+            self.champion = self.chance.choice(VERSIONS)
+        elif what == "rollout":
+            self.roll_out()
+        elif what == "phases":
+            # It takes a while until Kubernetes knows that a pod runs.
+            for name in self.pods.keys() & self.serving.keys():
+                self.pods[name].phase = "Running"
+        elif what == "bystanders":
+            self.others ^= {self.chance.choice(BYSTANDERS)}
+        elif what == GHOST:
+            # One that sees no UID would replace the lease of its successor; one that sees its own, never counts for it.
+            foreign = {name for name, known in self.pods.items() if known.seen not in ("", known.uid)}
+            for actor in [actor for actor in self.actors if actor.name in foreign][:1]:
+                name, actor.name = actor.name, f"{GHOST} {actor.name}"
+                self.start_pod(name, tuple(MODELS))
+                self.counts["ghosts"] += 1
+        else:
+            self.others.discard(NOTEBOOK)
+            self.serving.pop(NOTEBOOK, None)
+
+    def roll_out(self) -> None:
+        """A rollout goes, and in its place comes a new one, or one of those before, with many pods at once."""
+        old = self.chance.choice(self.rollouts)
+        for name in [name for name in self.serving if name in self.pods and self.pods[name].rollout == old]:
+            del self.serving[name], self.pods[name]
+        if self.chance.random() < 0.5:
+            self.rollouts[self.rollouts.index(old)] = f"r{self.steps}"
+        busy = {actor.name for actor in self.actors}
+        for name in self.chance.sample([*PODS], 2):
+            if name not in busy:
+                self.start_pod(name, [self.chance.choice(self.rollouts)])
 
     def pass_time(self, seconds: float) -> bool:
         """Make everything older; not while someone compares times, for whom none would pass in a moment."""
         if any(actor.reading_clock for actor in self.actors):
             return False
+        self.passed += seconds
         for directory, names, files in os.walk(self.root):
             for name in (*names, *files):
                 path = os.path.join(directory, name)  # noqa: PTH118 - many, and often
@@ -332,7 +537,7 @@ class World:
 
     def rot(self) -> None:
         """A file that no pod relies on is damaged."""
-        leased = {lease.key for lease in self.cache.leases()}
+        leased = {lease.key for lease in self.cache.leases()} | {key for _, key in self.serving.values()}
         for key in self.chance.sample(list(KEYS.values()), len(KEYS)):
             path = self.root / key / "model" / "MLmodel"
             if key not in leased and path.exists():
@@ -341,26 +546,54 @@ class World:
                 return
 
     def check(self) -> None:
-        for name, model in self.serving.items():
+        for name, (model, key) in self.serving.items():
             for path, body in content(model).items():
-                there = self.root / KEYS[model] / "model" / path
+                there = self.root / key / "model" / path
                 found = there.read_bytes() if there.exists() else None
+                assert found is None or len(found) != len(body) or found == body, f"{name} has another's {path}"
                 assert found == body, f"{path} of {model}, which {name} uses, is not whole"
+        self.check_rollouts()
+
+    def check_rollouts(self) -> None:
+        """The pods of one serve one version, until none is left and a cleanup has waited for its TTL."""
+        living = {one.rollout for one in self.pods.values()}
+        cleaning = [self.ttl[actor.name] for actor in self.actors if actor.name in CLEANUPS]
+        for rollout in [*self.pinned]:
+            # Times of files are coarse.
+            if rollout not in living and cleaning and self.now() - self.used[rollout] > min(cleaning) - 2:
+                del self.pinned[rollout]
+        for name, (model, _) in self.serving.items():
+            if name in self.pods and (rollout := self.pods[name].rollout):
+                pinned = self.pinned.setdefault(rollout, model)
+                assert model == pinned, f"rollout {rollout} serves two versions: {pinned}, and {name} {model}"
+
+    def check_usage(self) -> InUse:
+        """Each pod that serves is known to use its own entry, and only the notebook may use any."""
+        settings = cleanup.Settings.from_env(Reader({"CACHE_PATH": str(self.root), "POD_NAME": CLEANUPS[0]}))
+        used = cleanup.UsageListing(self.cache, settings, self)()  # type: ignore[arg-type]
+        for name, (model, key) in self.serving.items():
+            assert name == NOTEBOOK or name in used.keys.get(key, ()), f"{name} is not known to use {model}"
+        assert used.unmatched.keys() <= {NOTEBOOK}, f"every entry is kept by {[*used.unmatched]}"
+        self.counts["looks"] += 1
+        return used
 
     def end(self) -> None:
         """All pods go, all that is at work ends; then nothing is left after some days of cleaning."""
+        self.down = False
         while self.actors:
             self.go_on(self.chance.choice(self.actors))
             self.check()
+        self.check_usage()
         self.pods.clear()
+        self.others -= {NOTEBOOK}
         self.serving.clear()
-        for _ in range(3):
+        for _ in range(12):
             assert self.pass_time(3 * DAY)
             self.start_cleanup(CLEANUPS[0])
             while self.actors:
                 self.go_on(self.actors[0])
         left = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
-        assert left == [cache_module.TAG_NAME], left
+        assert left == [f".pins/{cache_module.TAG_NAME}", cache_module.TAG_NAME], left
 
 
 class Inline:
@@ -396,6 +629,23 @@ def _reads_clock(world: World, owner: Any, name: str, *, generates: bool = False
     setattr(owner, name, wrapped)
 
 
+def _prepares_at_once(world: World, name: str) -> None:
+    """Have nobody stop in finding a cache that is prepared: ten looks each time, which change nothing."""
+    real = getattr(Cache, name)
+
+    def wrapped(root: Path, inner: Sequence[str] = cache_module.INNER) -> Cache:
+        actor: Actor | None = getattr(world.local, "actor", None)
+        if actor is None or not (root / cache_module.TAG_NAME).exists():
+            return cast("Cache", real(root, inner))
+        actor.preparing = True
+        try:
+            return cast("Cache", real(root, inner))
+        finally:
+            actor.preparing = False
+
+    setattr(Cache, name, wrapped)
+
+
 def _no_locks(world: World) -> Callable[[Cache, str, str], locks.Lock]:
     def try_lock(cache: Cache, key: str, owner: str) -> locks.Lock:
         path = cache.root / ".locks" / f"{key}.{world.steps}"
@@ -417,6 +667,10 @@ def _arrange(world: World, *, locked: bool) -> None:
         (disk, "last_change", touched),
         # What a crash of the machine does is not told here.
         (disk, "sync", lambda path: None),
+        (access, "place", lambda _uri: world.local.actor.place),
+        (resolve, "resolve_within", world.resolve),
+        # Where pods of a rollout have no patience, several resolve at once.
+        (cached_model, "PATIENCE_SECONDS", world.chance.choice([0.0, 60.0])),
         (time, "sleep", world.sleep),
         # No machine's clock counts.
         (time, "time", lambda: _real_time() + world.chance.uniform(-1e6, 1e6)),
@@ -431,9 +685,12 @@ def _arrange(world: World, *, locked: bool) -> None:
         (references, "drop_dangling"),
         (locks, "_holder"),
         (references, "find_ref"),
+        (pins, "_unused"),
     ):
         _reads_clock(world, owner, name)
     _reads_clock(world, Cache, "leftovers", generates=True)
+    for name in ("prepare", "find"):
+        _prepares_at_once(world, name)
     sys.addaudithook(world.hook)
 
 
@@ -447,13 +704,44 @@ def _drop_all(cache: Cache, lease: cache_module.Lease) -> None:
         path.unlink(missing_ok=True)
 
 
-_execute = cleanup.execute
+def _by_uid_alone(pods: Sequence[Any], leases: Sequence[Lease]) -> Iterator[tuple[Any, set[Lease]]]:
+    for one in filter(usage._lives, pods):
+        mine = {one["metadata"]["uid"], one["metadata"]["name"]}
+        yield one, {lease for lease in leases if (lease.uid or lease.pod) in mine}
 
-# What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model.
+
+def _publish_alone(known: Cache, name: str, pin: Pin) -> Pin:
+    _publish(known, name, pin)
+    return pin
+
+
+class _WithoutVeto(Cache):
+    def veto_removals(self, key: str, found: tuple[int, int]) -> bool:
+        return self.fingerprint(key) == found
+
+
+def _use_without_veto(known: Cache, name: str) -> Pin | None:
+    return _use(_WithoutVeto(known.root, known.inner), name)
+
+
+def _ref_without_place(cache: Cache, _place: Any, model_uri: str) -> Path:
+    return cache.root / ".refs" / f"{hashlib.sha256(model_uri.encode()).hexdigest()}.json"
+
+
+_execute, _publish, _use = cleanup.execute, pins.publish, pins.use
+
+# What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model, gets
+# another's, or nothing is ever cleaned.
 WITHOUT: dict[str, tuple[Any, str, Any]] = {
     "veto": (Cache, "veto_removals", lambda cache, key, found: cache.fingerprint(key) == found),
     "listing-after-announcing": (cleanup, "execute", _list_no_more),
     "lease-names": (Cache, "drop_lease", _drop_all),
+    "names": (usage, "_holders", _by_uid_alone),
+    "mounts": (usage, "_volume_of_any", lambda *_: None),
+    "place": (references, "_ref", _ref_without_place),
+    "a-day-between": (usage, "ABANDONED_SECONDS", 0.0),
+    "pin-veto": (pins, "use", _use_without_veto),
+    "pin-race": (pins, "publish", _publish_alone),
 }
 
 

@@ -104,10 +104,11 @@ def _fill(cache: Cache, wanted: Wanted, place: Mapping[str, str], known: Cache, 
         logger.info("this rollout is pinned to cache entry %s (%s)", pin.key, _shown(pin))
         if pin.key != key:
             source = None
-    if source is None and not EntryCheck(cache, pin.key, wanted.claim)():
-        source = _resolve_pinned(wanted, pin)
     if source:
         _ensure(cache, wanted, place, source)
+    elif not EntryCheck(cache, pin.key, wanted.claim)():
+        # The URI may mean another version by now, so this one is not what it last resolved to.
+        ensure_entry(cache, _resolve_pinned(wanted, pin), wanted.claim, wanted.retry, wanted.deadline)
     return Found(pin.key, pin.fallback)
 
 

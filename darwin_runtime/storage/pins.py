@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from darwin_runtime.storage.cache import (
 
 FILE = "pin.json"
 
-Listing = Callable[[], tuple[set[str], float]]
+# The rollouts that have pods, and when the listing of the pods began, by the clock of the file server.
+Listing = Callable[[], tuple[Collection[str], float]]
 
 _INNER = (LOCKS, STAGING, TRASH)
 
@@ -99,29 +100,26 @@ def publish(pins: Cache, pin_name: str, pin: Pin) -> Pin:
 
 
 def find(cache: Cache) -> Cache | None:
-    """The pins of a cache; None where there have never been any. Raises as `Cache.find` does."""
-    root = cache.root / PINS
-    return Cache.find(root, _INNER) if root.is_dir() else None
+    """The pins of a cache; None where there are none, or where the first pod died while it made their place."""
+    pins = Cache(cache.root / PINS, _INNER)
+    return Cache.find(pins.root, _INNER) if pins.is_tagged() else None
 
 
-def drop_unused(
-    pins: Cache, age: float, listing: Callable[[], tuple[set[str], float]], wait: Callable[[], None]
-) -> int:
+def drop_unused(pins: Cache, age: float, listing: Listing, wait: Callable[[], None]) -> int:
     """Remove the pins that nobody has used for `age` seconds, of rollouts without pods; return how many.
 
-    `listing` returns the rollouts that have pods, and when the listing of the pods began, by the clock of the file
-    server. A pod that uses a pin meanwhile is in the second listing, or its use is seen, or it vetoes the removal.
+    A pod that uses a pin meanwhile is in the second listing, or its use is seen, or it vetoes the removal.
     """
     for path, _ in pins.trash():
         pins.delete_tree(path)
-    doomed = list(_unused(pins, age, *listing()))
+    doomed = _unused(pins, age, listing)
     if not doomed:
         return 0
     removals = [pins.announce(pin_name) for pin_name in doomed]
     dropped = 0
     try:
         wait()
-        still = set(_unused(pins, age, *listing()))
+        still = _unused(pins, age, listing)
         for removal in removals:
             if removal.key in still and pins.commit(removal):
                 pins.delete_tree(removal.trash)
@@ -132,13 +130,19 @@ def drop_unused(
     return dropped
 
 
-def _unused(pins: Cache, age: float, rollouts: Collection[str], listed: float) -> Iterator[str]:
+def _unused(pins: Cache, age: float, listing: Listing) -> list[str]:
+    """The pins that nobody uses. A pin is in use as long as its rollout has pods, so its age begins with their end."""
+    rollouts, listed = listing()
     before = min(pins.now() - age, listed)
+    found = []
     for pin_name in sorted(filter(is_key, os.listdir(pins.root))):
         path = pins.root / pin_name
         with contextlib.suppress(FileNotFoundError):
-            if (path / LAST_USED).lstat().st_mtime < before and _rollout(path / FILE) not in rollouts:
-                yield pin_name
+            if _rollout(path / FILE) in rollouts:
+                pins.touch(pin_name)
+            elif (path / LAST_USED).lstat().st_mtime < before:
+                found.append(pin_name)
+    return found
 
 
 def _rollout(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from darwin_runtime.storage import pins
+from darwin_runtime.storage.cache import Cache
 from tests.conftest import ROOT, Finished, clean_environ
 from tests.support.storage import download
 from tests.support.stores import API, MLMODEL, Handler, mlflow
@@ -133,6 +136,37 @@ def test_the_entry_was_cleaned(cluster: Cluster) -> None:
     cluster.registry.alias = "2"
     cluster.clean_entries()
     assert cluster.serves("b", OLD) == "1", "downloaded again"
+
+
+def test_a_pinned_version_that_comes_back_is_no_fall_back(cluster: Cluster) -> None:
+    """A URI falls back to what it last resolved to, not to what an older rollout downloads again."""
+    assert cluster.serves("a", OLD) == "1"
+    cluster.clean_entries()
+    cluster.registry.alias = "2"
+    assert cluster.serves("b", NEW) == "2"
+    assert cluster.serves("c", OLD) == "1"
+    cluster.registry.is_down = True
+    assert cluster.serves("d", "5d8f7c6b9f") == "2"
+
+
+def test_a_pin_ages_from_the_end_of_its_pods(cluster: Cluster) -> None:
+    """A rollout that ran for longer than the TTL comes back with its version."""
+    assert cluster.serves("a", OLD) == "1"
+    known = pins.find(Cache(cluster.home / "cache"))
+    assert known
+    [stamp] = known.root.glob("*/last_used")
+    day = 86400.0
+    os.utime(stamp, (0, 0))
+    assert pins.drop_unused(known, day, lambda: ({OLD}, known.now() - 2), lambda: None) == 0
+    assert pins.drop_unused(known, day, lambda: (set(), known.now() - 2), lambda: None) == 0
+    os.utime(stamp, (0, 0))
+    assert pins.drop_unused(known, day, lambda: (set(), known.now() - 2), lambda: None) == 1
+
+
+def test_a_first_pod_that_died_early_stops_no_cleanup(tmp_path: Path) -> None:
+    cache = Cache.prepare(tmp_path / "cache")
+    (cache.root / ".pins" / ".CACHEDIR.TAG.x.tmp").touch()
+    assert pins.find(cache) is None
 
 
 def test_the_version_was_deleted(cluster: Cluster) -> None:
