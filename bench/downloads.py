@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import BUILD, ROOT, envs, processes
+from bench import BUILD, ROOT, envs, pods, processes
 from bench.outcome import Outcome, Row, or_void, void_text
 from bench.processes import Failed
 
@@ -63,7 +63,10 @@ PLAN_ENTRIES = (1_000, 10_000)
 
 _PAGES = b"\1" * (1 << 20)
 
-NAMES = (*(load.name for load in LOADS), MEMORY, HIT, PLAN)
+# Its bars are in `pods`.
+ROLLOUT = "rollout"
+
+NAMES = (*(load.name for load in LOADS), MEMORY, HIT, ROLLOUT, PLAN)
 
 
 def run(names: Sequence[str], rounds: int) -> list[Outcome]:
@@ -81,6 +84,8 @@ def run(names: Sequence[str], rounds: int) -> list[Outcome]:
                 outcomes.append(or_void("peak memory of a download", lambda: _memory(uri, place)))
             if HIT in asked:
                 outcomes.append(or_void("a start on a warm cache", lambda: _hit(uri, place, rounds)))
+            if ROLLOUT in asked:
+                outcomes.append(or_void(pods.TITLE, lambda: pods.run(uri, _small(uri, place), place)))
     if PLAN in asked:
         outcomes.append(or_void("planning a cleanup", lambda: _plan(rounds)))
     return outcomes
@@ -281,6 +286,10 @@ def _hit(uri: str, place: Path, rounds: int) -> Outcome:
         )
     shutil.rmtree(place / "cache")
     return Outcome("a start on a warm cache", rows)
+
+
+def _small(uri: str, place: Path) -> str:
+    return _registered(uri, _made(place, "small", 8, 10_000))
 
 
 def _plan(rounds: int) -> Outcome:

@@ -122,6 +122,8 @@ _DOWNLOADS_METHOD = """
 - Peak memory is that of the whole process, less that of an interpreter that has imported MLflow's client.
 - A start on a warm cache is `download.py` with `STORAGE_STRATEGY=pvc` in a process that has imported MLflow, less the
   time it waits for answers.
+- Pods of one ReplicaSet are processes of `download.py` with its `POD_TEMPLATE_HASH`, imports and all. The server's log
+  counts their requests; their CPU is user and system time of all of them. A pod alone is the median of five.
 - Planning is all that `cleanup.py` does with the cache and the list of pods before it removes anything.
 """
 

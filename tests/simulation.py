@@ -715,6 +715,10 @@ def _publish_alone(known: Cache, name: str, pin: Pin) -> Pin:
     return pin
 
 
+def _veto_of_pins_alone(cache: Cache, key: str, found: tuple[int, int]) -> bool:
+    return _veto(cache, key, found) if cache.root.name == cache_module.PINS else cache.fingerprint(key) == found
+
+
 class _WithoutVeto(Cache):
     def veto_removals(self, key: str, found: tuple[int, int]) -> bool:
         return self.fingerprint(key) == found
@@ -728,12 +732,12 @@ def _ref_without_place(cache: Cache, _place: Any, model_uri: str) -> Path:
     return cache.root / ".refs" / f"{hashlib.sha256(model_uri.encode()).hexdigest()}.json"
 
 
-_execute, _publish, _use = cleanup.execute, pins.publish, pins.use
+_execute, _publish, _use, _veto = cleanup.execute, pins.publish, pins.use, Cache.veto_removals
 
 # What the cache's safety rests on, each with the code as it would be without it. Then a pod does lose its model, gets
 # another's, or nothing is ever cleaned.
 WITHOUT: dict[str, tuple[Any, str, Any]] = {
-    "veto": (Cache, "veto_removals", lambda cache, key, found: cache.fingerprint(key) == found),
+    "veto": (Cache, "veto_removals", _veto_of_pins_alone),
     "listing-after-announcing": (cleanup, "execute", _list_no_more),
     "lease-names": (Cache, "drop_lease", _drop_all),
     "names": (usage, "_holders", _by_uid_alone),
