@@ -60,15 +60,26 @@ def why_no_rollout(value: str, pod: str) -> str | None:
 def find(cache: Cache, wanted: Wanted) -> Found:
     """The entry for a pod, whole, leased, and downloaded if need be. Raises `RoleError` where there is none."""
     place = access.place(wanted.model_uri)
-    if not wanted.rollout:
+    known = _pins(cache) if wanted.rollout else None
+    if known is None:
         key, source = _resolve(cache, wanted, place)
         return Found(_ensure(cache, wanted, place, source), False) if source else Found(key, fallback=True)
-    return _find_pinned(cache, wanted, place)
+    return _find_pinned(cache, wanted, place, known)
 
 
-def _find_pinned(cache: Cache, wanted: Wanted, place: Mapping[str, str]) -> Found:
+def _pins(cache: Cache) -> Cache | None:
+    """The pins; None on a full volume, which keeps no pod from starting with what the cache has."""
+    try:
+        return pins.prepare(cache)
+    except OSError as error:
+        if error.errno not in disk.FULL:
+            raise
+        logger.warning("this rollout is not pinned: %s", disk.explain(error))
+        return None
+
+
+def _find_pinned(cache: Cache, wanted: Wanted, place: Mapping[str, str], known: Cache) -> Found:
     """One pod of a rollout resolves and downloads; the others wait for its pin, and for the entry that this names."""
-    known = pins.prepare(cache)
     name = pins.name(place, wanted.model_uri, wanted.rollout)
     waiting, began = Waiting(name), time.monotonic()
     is_there: EntryCheck | None = None
@@ -100,8 +111,14 @@ def _fill(cache: Cache, wanted: Wanted, place: Mapping[str, str], known: Cache, 
     if pin is None:
         key, source = _resolve(cache, wanted, place)
         resolved = source.identity if source else cache.manifest(key).resolved
-        pin = pins.publish(known, name, Pin(wanted.rollout, key, resolved, fallback=source is None))
-        logger.info("this rollout is pinned to cache entry %s (%s)", pin.key, _shown(pin))
+        pin = Pin(wanted.rollout, key, resolved, fallback=source is None)
+        try:
+            pin = pins.publish(known, name, pin)
+            logger.info("this rollout is pinned to cache entry %s (%s)", pin.key, _shown(pin))
+        except OSError as error:
+            if error.errno not in disk.FULL:
+                raise
+            logger.warning("this rollout is not pinned: %s", disk.explain(error))
         if pin.key != key:
             source = None
     if source:

@@ -135,14 +135,27 @@ def test_a_full_volume_can_be_cleaned(small: Path, api: ApiServer) -> None:
     assert shutil.disk_usage(small).free > 1_500_000
 
 
-@pytest.mark.parametrize("pod", ["first", "second"])
-def test_a_pod_starts_from_a_full_cache(pod: str, small: Path, model: Path, tmp_path: Path) -> None:
-    settings = {"DEPLOYMENT_NAME": "web"}
-    assert cached(model, small / "cache", tmp_path / "models", POD_NAME="first", **settings).code == 0
+@pytest.mark.parametrize("pod", ["web-7c5ddbdf54-first", "web-7c5ddbdf54-second"])
+@pytest.mark.parametrize(
+    ("before", "rollout"),
+    [("", ""), ("", "7c5ddbdf54"), ("6b9f9c7d8f", "7c5ddbdf54"), ("7c5ddbdf54", "7c5ddbdf54")],
+    ids=["no rollout", "the first rollout", "a new rollout", "the same rollout"],
+)
+def test_a_pod_starts_from_a_full_cache(
+    before: str, rollout: str, pod: str, small: Path, model: Path, tmp_path: Path
+) -> None:
+    first = pod.replace("second", "first")
+    settings = {"DEPLOYMENT_NAME": "web", "POD_TEMPLATE_HASH": before}
+    assert (
+        cached(model, small / "cache", tmp_path / "models", POD_NAME=first.replace(rollout, before), **settings).code
+        == 0
+    )
     fill(small)
+    settings["POD_TEMPLATE_HASH"] = rollout
     done = cached(model, small / "cache", tmp_path / "models-2", POD_NAME=pod, **settings)
     assert done.code == 0, done.err
-    assert "0 bytes transferred" in done.err
+    assert "0 bytes transferred" in done.err or "0 requests to MLflow" in done.err
+    assert ("this rollout is not pinned: the volume is full" in done.err) is (rollout != before)
     assert pod in {lease.pod for lease in Cache(small / "cache").leases()}
 
 
