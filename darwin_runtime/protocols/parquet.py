@@ -92,8 +92,6 @@ def _without_index(table: Any, wanted: list[Any]) -> tuple[Any, Any]:
 
 def _as_json(value: Any) -> Any:
     """`value` as JSON would have said it, but for bytes."""
-    if isinstance(value, float):
-        return None if value != value else value
     if isinstance(value, list):
         return list(map(_as_json, value))
     if isinstance(value, decimal.Decimal):

@@ -50,7 +50,7 @@ class Tensor:
     def nested(self) -> Any:
         """Lists in lists, as other protocols have them."""
         if isinstance(self.values, np.ndarray):
-            return _numbers(self.values).reshape(self.shape).tolist()
+            return self.values.reshape(self.shape).tolist()
         array = np.empty(len(self.values), dtype=object)
         array[:] = self.values
         return array.reshape(self.shape).tolist()
@@ -59,17 +59,7 @@ class Tensor:
         """A value for each row; None if a row has more."""
         if len(self.shape) != 1 and self.shape[1:] != (1,):
             return None
-        return list(_numbers(self.values).tolist()) if isinstance(self.values, np.ndarray) else self.values
-
-
-def _numbers(values: Array) -> Array:
-    """With None for NaN, as JSON would have it."""
-    missing = np.isnan(values) if values.dtype.kind == "f" else None
-    if missing is None or not missing.any():
-        return values
-    with_none = values.astype(object)
-    with_none[missing] = None
-    return with_none
+        return list(self.values.tolist()) if isinstance(self.values, np.ndarray) else self.values
 
 
 def parameters_of(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
