@@ -52,8 +52,8 @@ def require_little_padding(values: list[Any], count: int, lengths: Sequence[int]
         raise refuse("texts of about the same length", values, f"one of them has {longest} letters")
 
 
-def require_rows(rows: Any, expected: str) -> list[Any]:
-    if type(rows) is not list or not rows:
+def require_rows(rows: Any, expected: str, *, empty: bool = False) -> list[Any]:
+    if type(rows) is not list or not (rows or empty):
         raise refuse(expected, rows)
     return rows
 

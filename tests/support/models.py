@@ -339,6 +339,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "no_signature": _no_signature,
     "typed": _python(Dtypes, TYPED_COLUMNS),
     "typed_echo": _python(Echo, TYPED_COLUMNS),
+    "untyped_echo": _python(Echo, None),
     "optional": _python(Dtypes, _optional_types()),
     "nested": _python(Dtypes, NESTED_COLUMNS),
     "unnamed": _python(Dtypes, [ColSpec("long"), ColSpec("string")]),
