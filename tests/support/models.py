@@ -171,7 +171,7 @@ class Chatting:
             for number, word in enumerate(model_input["prompt"].split()):
                 if word == "raise":
                     raise RuntimeError("out of words")
-                yield {"word": word, "number": number}
+                yield {"word": object() if word == "object" else word, "number": number}
             while left:
                 yield {"word": "more " * 10_000}
                 time.sleep(0.001)
