@@ -124,7 +124,7 @@ class Batcher:
         """
         kind, count = None, self._limits.batch_rows
         if isinstance(request, Request):
-            count = request.rows.count
+            count = max(1, request.rows.count)
             # That rows are independent is proven for the usual method alone.
             kind = request.rows.batch_key if self._batching and not (request.method or request.methods) else None
             if kind is not None and request.params:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
 from typing import Any
 
-from darwin_runtime.errors import Overloaded, TooLarge
+from darwin_runtime.errors import EncodingError, Overloaded, TooLarge
 from darwin_runtime.http import streaming
 from darwin_runtime.http.bodies import Bodies
 from darwin_runtime.http.context import Answer, RequestContext, StreamingReply
@@ -95,12 +95,18 @@ class Inference:
         pieces = self.streams.pieces(start, self.timeout)
         nothing = object()
         first = await anext(pieces, nothing)
+        try:
+            # Before the status is sent, for the piece may have no form.
+            begin = b"" if first is nothing else streaming.event(dump(first))
+        except EncodingError:
+            await pieces.aclose()
+            raise
         context.rows = 1
 
         async def events() -> AsyncGenerator[bytes, None]:
             try:
-                if first is not nothing:
-                    yield streaming.event(dump(first))
+                if begin:
+                    yield begin
                 async for piece in pieces:
                     yield streaming.event(dump(piece))
                 yield streaming.DONE

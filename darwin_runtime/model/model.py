@@ -88,7 +88,7 @@ class Model:
         if rows.passthrough:
             return _run(lambda: self.pyfunc.predict(rows.value, params=dict(params or {})), unvalidated=True)
         predictor = self.predictors[method or self.method]
-        if predictor.predict_array and not params:
+        if predictor.predict_array and not params and rows.count:
             # If it raises, pyfunc answers or raises instead.
             with contextlib.suppress(BaseException):
                 return predictor.predict_array(rows)

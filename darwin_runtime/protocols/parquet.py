@@ -30,7 +30,7 @@ def read_parquet(body: bytes, plan: InputSchema) -> Rows:
     try:
         _check(pyarrow.parquet.ParquetFile(io.BytesIO(body)), body)
         table = pyarrow.parquet.ParquetFile(io.BytesIO(body)).read()
-        if not plan.inputs and table.num_rows > 0:
+        if not plan.inputs:
             return Rows(table.to_pandas(), table.num_rows, unvalidated=True)
         index, table = _without_index(table, [spec.get("name") for spec in plan.specs])
         rows = [list(map(_as_json, row.values())) for row in table.to_pylist()]

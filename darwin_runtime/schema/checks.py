@@ -91,8 +91,8 @@ def require_finite(value: Any) -> None:
     report.finish()
 
 
-def require_rows(rows: Any, expected: str) -> list[Any]:
-    if type(rows) is not list or not rows:
+def require_rows(rows: Any, expected: str, *, empty: bool = False) -> list[Any]:
+    if type(rows) is not list or not (rows or empty):
         raise refuse(expected, rows)
     return rows
 

@@ -34,8 +34,8 @@ def read_csv_texts(body: bytes) -> tuple[list[str], list[list[str]]]:
         lines = [line for line in _csv_lines(text, strict=True) if line]
     except csv.Error as error:
         raise refuse("CSV with a header row", text, str(error)) from None
-    if len(lines) < 2:
-        raise refuse("CSV with a header row and at least one row of data", text)
+    if not lines:
+        raise refuse("CSV with a header row", text)
     names, rows = require_column_names(lines[0]), lines[1:]
     require_lists(rows, len(names))
     return names, rows
@@ -47,7 +47,7 @@ def parse_texts(
     """The columns of `rows`: parsed, with null for an empty cell, where `parsers` has the column's name."""
     return [
         [None if text == "" else parsers[name](text) for text in texts] if name in parsers else texts
-        for name, texts in zip(names, zip(*rows, strict=True), strict=True)
+        for name, texts in zip(names, zip(*rows, strict=True) if rows else [[]] * len(names), strict=True)
     ]
 
 

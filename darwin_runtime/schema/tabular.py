@@ -80,6 +80,9 @@ class TabularSchema:
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
         """`["a", "b"]` and `[[1, 2], …]`: names once, then a list per row; without names, by position."""
+        if data == [] and columns:
+            require_row_labels(index, 0)
+            return self._no_rows(require_column_names(columns))
         data = require_rows(data, "data: a list of at least one row")
         if columns is None or (columns == self._keys and self._distinct):
             rows = self.positional(cells_of_rows(data) if len(self.columns) == 1 else data)
@@ -132,9 +135,11 @@ class TabularSchema:
             elif count * len(single) > MAX_REPEATED:
                 report.mismatch(None, name, "a list, a value for each row", value, f"for {count} rows")
         report.finish()
-        if not count:
+        if not lengths:
             raise refuse("a list of at least one value in each column", dict(columns))
         used = {name: part if type(part) is list else [part] * count for name, part in used.items()}
+        if not count:
+            return self._no_rows(list(used))
         return self._split(list(used), list(used.values()), count)
 
     def instances(self, value: Any) -> Rows:
@@ -149,6 +154,8 @@ class TabularSchema:
             if single:
                 return self._table([[value]], 1)
             raise refuse("a list of rows or an object of columns", value)
+        if single and not value and not self.columns[0].datatype.nested:
+            return self._no_rows(self._keys)
         rows = require_rows(value, "a list of at least one row")
         types = set(map(type, rows))
         if types == {dict}:
@@ -179,6 +186,8 @@ class TabularSchema:
             return numbers
         names, rows = read_csv_texts(body)
         keys = self._keys_by_position(names)
+        if not rows:
+            return self._no_rows(names)
         parsers = dict(zip(keys, (c.datatype.from_text for c in self.columns), strict=True))
         return self._called(self._split(names, parse_texts(names, rows, parsers), len(rows)), keys)
 
@@ -254,6 +263,19 @@ class TabularSchema:
     def _split(self, names: list[str], cells: Sequence[Sequence[Any]], count: int) -> Rows:
         by_name = dict(zip(names, cells, strict=True))
         return self._table([by_name.get(key) for key in self._keys_by_position(names)], count)
+
+    def _no_rows(self, names: list[str]) -> Rows:
+        """No row of the columns `names`, as a table of their types; not every model can answer that."""
+        report, columns = Report(), {}
+        for column, key in zip(self.columns, self._keys_by_position(names), strict=True):
+            if key in names:
+                empty = column.datatype.build([])
+                dtype = str if column.datatype.name == "string" else empty.dtype
+                columns[column.name if self.named else key] = pd.Series(empty, dtype=dtype)
+            elif column.required:
+                report.missing(None, column.key, column.datatype.name)
+        report.finish()
+        return Rows(pd.DataFrame(columns), 0, unvalidated=True)
 
     def _table(self, cells: Sequence[Sequence[Any] | None], count: int) -> Rows:
         """`cells` holds a column's values, or None, for each column of the signature."""

@@ -37,7 +37,7 @@ class UncheckedSchema:
     checked = False
 
     def records(self, rows: Any) -> Rows:
-        rows = require_rows(rows, "a list of at least one object")
+        rows = require_rows(rows, "a list of objects", empty=True)
         if set(map(type, rows)) == {dict}:
             keys = set().union(*rows)
             require_same_keys(rows, len(keys))
@@ -45,7 +45,7 @@ class UncheckedSchema:
         return self._rows(lambda: pd.DataFrame(rows), rows)
 
     def split(self, columns: Any, data: Any, index: Any = None) -> Rows:
-        data = require_rows(data, "data: a list of at least one row")
+        data = require_rows(data, "data: a list of rows", empty=True)
         labels = require_row_labels(index, len(data))
         if type(columns) is list:
             require_scalars(columns, "a list of column names")
@@ -104,8 +104,8 @@ class UncheckedSchema:
         if isinstance(value, list):
             return Rows(value, len(value), unvalidated=True)
         sizes = [array.shape[:1] for array in value.values()] if isinstance(value, dict) else [value.shape[:1]]
-        if not sizes or 0 in sizes[0] or (isinstance(value, pd.DataFrame) and not len(value)):
-            raise refuse("at least one row", given)
+        if not sizes:
+            raise refuse("an object of at least one name", given)
         return Rows(value, sizes[0][0] if sizes[0] else 1, unvalidated=True)
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("serving_environment")
 KINDS = sorted(BUILDERS.keys() - {"slow_to_load", "waiting", "broken"})
 
 # How many routes have an example, where not all four have one.
-EXAMPLES = {"no_signature": 0, "untyped": 0, "untyped_answers": 0, "chatting": 1, "hinted": 3}
+EXAMPLES = {"no_signature": 0, "untyped": 0, "untyped_answers": 0, "untyped_echo": 0, "chatting": 1, "hinted": 3}
 
 
 def document(url: str) -> Any:

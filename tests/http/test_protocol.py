@@ -242,11 +242,12 @@ def test_parquet_that_does_not_fit(ours: Callable[[str], str]) -> None:
     assert "row 0, 'petal width (cm)': expected double, got string 'wide'" in answer.json()["message"]
 
 
-@pytest.mark.parametrize("kind", ["iris", "untyped"])
-def test_parquet_without_rows(ours: Callable[[str], str], kind: str) -> None:
-    answer = post_parquet(ours(kind), parquet(pd.DataFrame({name: pd.Series(dtype=float) for name in IRIS})))
+def test_parquet_without_rows(ours: Callable[[str], str]) -> None:
+    body = parquet(pd.DataFrame({name: pd.Series(dtype=float) for name in IRIS}))
+    answer = post_parquet(ours("iris"), body)
     assert (answer.status_code, answer.json()["error_code"]) == (400, "BAD_REQUEST")
-    assert "at least one row" in answer.json()["message"]
+    assert "0 sample(s)" in answer.json()["message"]
+    assert post_parquet(ours("untyped"), body).status_code == 200
 
 
 @pytest.mark.parametrize("cells", [["x" * 10_000] * 100_000, [["x" * 100] * 10_000] * 100, [[1] * 5_000_000]])

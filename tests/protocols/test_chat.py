@@ -110,6 +110,17 @@ def test_a_failure_at_the_beginning_has_a_status(ours: Callable[[str], str]) -> 
     assert last == ("", "[DONE]")
 
 
+def test_a_piece_without_a_form_is_an_error(ours: Callable[[str], str]) -> None:
+    url = ours("chatting")
+    answer = ask(url, {"prompt": "object and more", "stream": True})
+    assert (answer.status_code, answer.json()["error_code"]) == (500, "INTERNAL_ERROR")
+    assert "object has no JSON form (at ['word'])" in answer.json()["message"]
+    [first, (name, data)] = events(ask(url, {"prompt": "an object", "stream": True}))
+    assert json.loads(first[1]) == {"word": "an", "number": 0}
+    assert (name, "object has no JSON form" in data) == ("error", True)
+    assert events(ask(url, {"prompt": "fine", "stream": True}))[-1] == ("", "[DONE]")
+
+
 def test_too_many_streams_are_told_to_come_back(ours: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     url = ours("chatting")
     monkeypatch.setattr(streaming, "MAX_STREAMS", 0)

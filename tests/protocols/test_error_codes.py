@@ -120,3 +120,62 @@ def test_the_code_is_mlflows(ours: Callable[[str], str], mlflows: Callable[[str]
     answers = [requests.post(url(kind) + "/invocations", timeout=60, **options) for url in (ours, mlflows)]
     found, expected = [(answer.status_code, answer.json().get("error_code")) for answer in answers]
     assert found == expected, [answer.text[:300] for answer in answers]
+
+
+NO_ROWS: list[tuple[str, Any]] = [
+    ("typed_echo", {"dataframe_split": {"columns": list(TYPED_ROW), "data": []}}),
+    ("typed_echo", {"dataframe_split": {"columns": list(TYPED_ROW), "index": [], "data": []}}),
+    ("typed_echo", {"inputs": {name: [] for name in TYPED_ROW}}),
+    ("typed_echo", ",".join(TYPED_ROW).encode() + b"\n"),
+    ("typed_echo", {"dataframe_records": []}),
+    ("typed_echo", {"dataframe_split": {"columns": list(TYPED_ROW)[1:], "data": []}}),
+    ("typed_echo", {"dataframe_split": {"data": []}}),
+    ("typed_echo", {"instances": []}),
+    ("typed_echo", {"inputs": []}),
+    ("typed_echo", {"inputs": {}}),
+    ("typed_echo", b",\n"),
+    ("one_column", {"instances": []}),
+    ("one_column", {"inputs": []}),
+    ("one_column", {"inputs": {"text": []}}),
+    ("unnamed", {"instances": []}),
+    ("optional", {"inputs": {"x": []}}),
+    ("nested", {"dataframe_split": {"columns": list(NESTED_ROW), "data": []}}),
+    ("untyped_echo", {"dataframe_records": []}),
+    ("untyped_echo", {"dataframe_split": {"columns": ["a"], "data": []}}),
+    ("untyped_echo", {"dataframe_split": {"data": []}}),
+    ("untyped_echo", {"instances": []}),
+    ("untyped_echo", {"inputs": []}),
+    ("untyped_echo", {"inputs": {"a": []}}),
+    ("untyped_echo", b"a,b\n"),
+    ("any_length", {"inputs": []}),
+    ("any_length", {"instances": []}),
+    ("tensors", {"inputs": {"image": [], "weight": []}}),
+    ("iris", {"dataframe_split": {"columns": NAMES, "data": []}}),
+    ("iris", {"inputs": {name: [] for name in NAMES}}),
+    ("iris", ",".join(NAMES).encode() + b"\n"),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), NO_ROWS, ids=lambda value: str(value)[:80])
+def test_no_rows_are_answered_as_by_mlflow(
+    ours: Callable[[str], str], mlflows: Callable[[str], str], kind: str, body: Any
+) -> None:
+    options: dict[str, Any] = {"data": body, "headers": CSV} if isinstance(body, bytes) else {"json": body}
+    found, expected = [requests.post(url(kind) + "/invocations", timeout=60, **options) for url in (ours, mlflows)]
+    assert found.status_code == expected.status_code, (found.text, expected.text[:300])
+    if found.status_code == 200:
+        assert found.json() == expected.json()
+    else:
+        assert found.json()["error_code"] == expected.json()["error_code"], (found.text, expected.text[:300])
+
+
+def test_no_rows_leave_the_next_request_alone(ours: Callable[[str], str]) -> None:
+    url = ours("typed_echo")
+    for _ in range(3):
+        body = {"dataframe_split": {"columns": list(TYPED_ROW), "data": []}}
+        assert requests.post(url + "/invocations", json=body, timeout=60).json() == {"predictions": []}
+        answer = requests.post(url + "/predict", json={"features": TYPED_ROW}, timeout=60)
+        assert len(answer.json()["scores"]) == 1
+    for accept, expected in (("text/csv", ",".join(TYPED_ROW) + "\n"), ("application/json", '{"predictions":[]}')):
+        answer = requests.post(url + "/invocations", json=body, headers={"Accept": accept}, timeout=60)
+        assert answer.text == expected

@@ -33,12 +33,26 @@ def test_every_shape_makes_the_same_table(shape: str, arguments: tuple[Any, ...]
     pd.testing.assert_frame_equal(table, pd.DataFrame({"a": [1, 2], "b": [0.5, 1.5]}))
 
 
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [("split", (["b", "x", "a"], [])), ("instances", ({"a": [], "b": []},)), ("csv", (b"a,b\n",))],
+)
+def test_no_rows_have_the_types_of_the_signature(shape: str, arguments: tuple[Any, ...]) -> None:
+    rows = getattr(compile_schema(AB), shape)(*arguments)
+    expected = pd.DataFrame({"a": pd.Series(dtype="int64"), "b": pd.Series(dtype="float64")})
+    pd.testing.assert_frame_equal(rows.for_model(), expected)
+    assert (rows.count, rows.unvalidated, rows.batch_key) == (0, True, None)
+
+
 BAD_SHAPES = [
     ("records", ([],), "at least one"),
     ("records", ({"a": 1},), "list"),
     ("records", ([1, {"a": 1}],), "row 0: expected an object"),
     ("records", ([{}],), "row 0, 'a': missing"),
-    ("split", (["a"], []), "at least one"),
+    ("split", (["b"], []), "'a': missing"),
+    ("split", ([], []), "at least one"),
+    ("split", (None, []), "at least one"),
+    ("split", (["a", "b"], [], [1]), "index: a list of 0 labels"),
     ("split", (["a", "a"], [[1, 2]]), "more than once: a"),
     ("split", ("a", [[1]]), "list of column names"),
     ("split", ([["a"]], [[1]]), "list of column names"),
@@ -49,18 +63,19 @@ BAD_SHAPES = [
     ("instances", ([1, 2],), "row 0: expected a list of 2"),
     ("instances", ([[1, 2], {"a": 1}],), "row 1: expected a list of 2"),
     ("instances", ({"a": [1, 2], "b": [1]},), "'b': expected 2 values"),
-    ("instances", ({"a": [], "b": []},), "at least one"),
     ("instances", ({"a": [1], "b": {"x": 2}},), "'b': expected a list"),
     ("split", ([None, "b"], [[1, 2]]), "null or NaN is none"),
     ("split", ([math.nan, "b"], [[1, 2]]), "null or NaN is none"),
     ("split", (["a", "b"], [1, 2]), "row 0: expected a list of 2"),
+    ("instances", ({"b": []},), "'a': missing"),
+    ("instances", ({"x": []},), "at least one"),
     ("instances", ("text",), "list of rows"),
     ("instances", ({},), "missing"),
     ("features", (None,), "object"),
     ("features", ([],), "at least one"),
     ("features", ([[1, 2]],), "object"),
     ("csv", (b"",), "header"),
-    ("csv", (b"a,b\n",), "at least one row"),
+    ("csv", (b"b\n",), "'a': missing"),
     ("csv", (b"a,a\n1,2\n",), "more than once"),
     ("csv", (b"a,b\n1\n",), "row 0: expected 2 values"),
     ("csv", (b'a,b\n"1,2\n',), "CSV"),

@@ -171,7 +171,7 @@ class Chatting:
             for number, word in enumerate(model_input["prompt"].split()):
                 if word == "raise":
                     raise RuntimeError("out of words")
-                yield {"word": word, "number": number}
+                yield {"word": object() if word == "object" else word, "number": number}
             while left:
                 yield {"word": "more " * 10_000}
                 time.sleep(0.001)
@@ -339,6 +339,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "no_signature": _no_signature,
     "typed": _python(Dtypes, TYPED_COLUMNS),
     "typed_echo": _python(Echo, TYPED_COLUMNS),
+    "untyped_echo": _python(Echo, None),
     "optional": _python(Dtypes, _optional_types()),
     "nested": _python(Dtypes, NESTED_COLUMNS),
     "unnamed": _python(Dtypes, [ColSpec("long"), ColSpec("string")]),
