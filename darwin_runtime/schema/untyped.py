@@ -12,6 +12,7 @@ import pandas as pd
 
 from darwin_runtime.errors import InputError
 from darwin_runtime.schema.checks import (
+    is_missing,
     require_few_columns,
     require_little_padding,
     require_records,
@@ -49,6 +50,8 @@ class UncheckedSchema:
         labels = require_row_labels(index, len(data))
         if type(columns) is list:
             require_scalars(columns, "a list of column names")
+            if any(map(is_missing, columns)):
+                raise refuse("a list of column names", columns, "null or NaN is none")
             require_short_integers("column names", columns)
             require_few_columns(columns)
         return self._rows(lambda: pd.DataFrame(data, index=labels, columns=columns), data)

@@ -50,6 +50,8 @@ def test_no_rows_are_the_models_own_business(shape: str, arguments: tuple[Any, .
         ("records", ("x",)),
         ("split", (["a"], [[1, 2]])),
         ("split", ("a", [[1]])),
+        ("split", ([None, None], [])),
+        ("split", (["a", math.nan], [[1, 2]])),
         ("instances", ([[1], [2, 3]],)),
         ("instances", ({},)),
         ("instances", ({"a": 1},)),
